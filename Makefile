@@ -1,0 +1,47 @@
+# Two commands set up everything they need: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test test-fast lint types docs examples benchmarks clean
+
+# The stamp is newer than pyproject.toml once everything is installed.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("numpyro_rtk needs Python 3.11 or newer; set PYTHON=python3.x") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	touch $@
+
+$(VENV)/developing: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group test --group lint --group docs
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/mixture.py --output demo-output
+	$(BIN)/python examples/galaxies.py --output demo-output
+	@echo "Figures and NetCDF files are in demo-output/"
+
+test: $(VENV)/developing
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-fast: $(VENV)/developing
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+lint: $(VENV)/developing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/developing
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/developing
+	$(BIN)/mkdocs build --strict --site-dir .site
+
+examples: $(VENV)/installed
+	$(BIN)/python examples/mixture.py --small --output .examples-output
+	$(BIN)/python examples/galaxies.py --small --output .examples-output
+
+clean:
+	rm -rf $(VENV) .site .examples-output demo-output

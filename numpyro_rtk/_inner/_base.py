@@ -1,0 +1,261 @@
+"""What an inner kernel is: the contract, and the loop that all Markov inner kernels share."""
+
+import abc
+from typing import Any, get_args, Literal, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from numpyro_rtk._custom_types import Event, Flag, RandomKey, Scalar
+from numpyro_rtk._target import Evaluation, ReverseTransition
+
+
+Start: TypeAlias = Literal["gaussian", "paper", "noise"]
+
+MAX_ENERGY_DROP = 1000.0
+"""An unadjusted step that lowers the log target by more than this has left the law (HMC's threshold)."""
+
+
+class SegmentTuning(NamedTuple):
+    """What warmup learns about one segment."""
+
+    step_size: Scalar
+    """Step size in the inner kernel's own unit."""
+    curvature: Scalar
+    """Mean curvature of `-log p_s`: `E |score_s|^2 / dim`, at most `1 / sigma_s^2`."""
+
+
+class SegmentEntry(NamedTuple):
+    """What a segment needs to know about the one before, besides `x_t` and its score."""
+
+    data_prediction: Event
+    """`E[x_0 | x]` at the start of the segment before."""
+    half_log_snr_step: Scalar
+    """Length of the segment before in `log(alpha / sigma)`; 0 at the first segment."""
+
+
+class SegmentResult(NamedTuple):
+    """What one segment gives."""
+
+    x: Event
+    """The draw at time `s`."""
+    score: Event
+    """Score of `p_s` at the draw, where the inner kernel knows it; zeros otherwise."""
+    entry: SegmentEntry
+    """For the next segment."""
+    accept_prob: Scalar
+    """Mean acceptance probability over the inner steps; 1 for kernels without an accept step."""
+    mean_square_score: Scalar
+    """`|score|^2 / dim` at the draw, whose expectation is the mean curvature of `-log p_s`."""
+    diverging: Flag
+    """Whether something non-finite, or an exploding unadjusted step, was met."""
+    failed: Flag
+    """Whether the draw itself is unusable, so that the pass must be discarded."""
+
+
+class StepInfo(NamedTuple):
+    """What one inner step reports."""
+
+    accept_prob: Scalar
+    """Acceptance probability of the proposal, in [0, 1]; 1 for kernels without an accept step."""
+    diverging: Flag
+    """Whether the proposal was non-finite, or an unadjusted step exploded."""
+    failed: Flag
+    """Whether the new state is unusable (only kernels without an accept step can fail)."""
+
+
+def all_finite(*arrays: Any) -> Flag:
+    """Whether every entry of every array is finite."""
+    return jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays]).all()
+
+
+def select(condition: Flag, if_true: Any, if_false: Any) -> Any:
+    """`jnp.where` over two PyTrees of the same structure."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), if_true, if_false)
+
+
+class AbstractInnerKernel(eqx.Module):
+    """How one segment is drawn. Concrete subclasses are final and are values: all state is passed."""
+
+    uses_score_at_start: eqx.AbstractClassVar[bool]
+    """Whether `ReverseTransition.score_t` is the network's score rather than zeros."""
+    adapts_step_size: eqx.AbstractClassVar[bool]
+    """Whether warmup tunes the step size towards a target acceptance probability."""
+    needs_energy: eqx.AbstractVar[bool]
+    """Whether the score must also provide `energy(x, t)`."""
+
+    @property
+    @abc.abstractmethod
+    def evaluations_per_segment(self) -> int:
+        """Score evaluations one segment costs."""
+
+    @abc.abstractmethod
+    def default_step_size(self, precision: Scalar, dim: int) -> Scalar:
+        """A safe step size for a target of curvature `precision` in `dim` dimensions."""
+
+    @abc.abstractmethod
+    def run_segment(self, key: RandomKey, target: ReverseTransition, entry: SegmentEntry, tuning: SegmentTuning) -> SegmentResult:
+        """Draw `x_s` given `x_t`: one segment of the reverse pass, for one event."""
+
+
+class AbstractMarkovKernel(AbstractInnerKernel):
+    """Inner kernels that start somewhere and take `num_steps` Markov steps on the segment target.
+
+    A step proposes, the network is evaluated once at the proposal, and the proposal is accepted or
+    not. The start of a segment is a proposal that is always accepted, so that start and steps share
+    one evaluation in the compiled program: a segment costs `num_steps + 1` evaluations plus
+    what the energy difference asks for, and the network is compiled once.
+    """
+
+    num_steps: eqx.AbstractVar[int]
+    step_size: eqx.AbstractVar[Any]
+    start: eqx.AbstractVar[Start]
+
+    @property
+    def evaluations_per_segment(self) -> int:
+        return self.num_steps + 1 + self.num_steps * self.extra_evaluations_per_step
+
+    @property
+    def extra_evaluations_per_step(self) -> int:
+        """Score evaluations of one step besides the one at the proposal."""
+        return 0
+
+    @abc.abstractmethod
+    def init_auxiliary(self, key: RandomKey, x: Event) -> Any:
+        """Whatever the chain carries besides its position, drawn afresh at the start of a segment."""
+
+    @abc.abstractmethod
+    def propose(
+        self, key: RandomKey, target: ReverseTransition, current: Evaluation, auxiliary: Any, tuning: SegmentTuning
+    ) -> tuple[Event, Any]:
+        """The proposed point and the auxiliary variable that would go with it."""
+
+    @abc.abstractmethod
+    def log_accept_ratio(
+        self, target: ReverseTransition, current: Evaluation, proposal: Evaluation, tuning: SegmentTuning
+    ) -> Scalar | None:
+        """Log Metropolis-Hastings ratio, exactly antisymmetric; `None` for kernels without an accept step."""
+
+    def step(
+        self, key: RandomKey, target: ReverseTransition, current: Evaluation, auxiliary: Any, tuning: SegmentTuning
+    ) -> tuple[Evaluation, Any, StepInfo]:
+        """One Markov step on the segment target.
+
+        Args:
+            key: Random key.
+            target: The segment.
+            current: The current point with its score, from `target.evaluate`.
+            auxiliary: From `init_auxiliary` or the step before.
+            tuning: Step size and curvature of this segment.
+
+        Returns:
+            The new point, auxiliary variable, and what happened.
+        """
+        propose_key, accept_key = jr.split(key)
+        point, new_auxiliary = self.propose(propose_key, target, current, auxiliary, tuning)
+        proposal = target.evaluate(point, with_energy=self.needs_energy)
+        return self._accept(accept_key, target, current, auxiliary, proposal, new_auxiliary, tuning)
+
+    def _accept(
+        self,
+        key: RandomKey,
+        target: ReverseTransition,
+        current: Evaluation,
+        auxiliary: Any,
+        proposal: Evaluation,
+        new_auxiliary: Any,
+        tuning: SegmentTuning,
+    ) -> tuple[Evaluation, Any, StepInfo]:
+        finite = all_finite(proposal.x, proposal.score, proposal.energy)
+        log_ratio = self.log_accept_ratio(target, current, proposal, tuning)
+        if log_ratio is None:
+            change = target.gaussian_difference(current.x, proposal.x) + 0.5 * jnp.sum(
+                (proposal.score + current.score) * (proposal.x - current.x)
+            )
+            usable = finite & (change > -MAX_ENERGY_DROP)
+            accept, accept_prob, failed = usable, usable.astype(proposal.x.dtype), ~usable
+        else:
+            # -inf is an ordinary rejection (outside the support, or a projected step); NaN and +inf are not.
+            finite &= log_ratio < jnp.inf
+            accept = finite & (-jr.exponential(key, dtype=log_ratio.dtype) < log_ratio)
+            accept_prob = jnp.where(finite, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
+            usable, failed = finite, jnp.zeros((), bool)
+        new, new_auxiliary = select(accept, (proposal, new_auxiliary), (current, auxiliary))
+        return new, new_auxiliary, StepInfo(accept_prob, ~usable, failed)
+
+    def draw_start(self, key: RandomKey, target: ReverseTransition, tuning: SegmentTuning) -> Event:
+        """Where the segment starts (see `start` in the kernels' docstrings)."""
+        if self.start == "gaussian":
+            mean, variance = target.mean, 1 / (target.precision + tuning.curvature)
+        elif self.start == "paper":
+            # exp(-L |z|^2 - |x_t - a z|^2 / (2 v)): precision 2 L + a^2 / v.
+            variance = 1 / (target.precision + 2 * tuning.curvature)
+            mean = variance * (target.a / target.v) * target.x_t
+        else:
+            mean, variance = target.x_t / target.a, 1 / target.precision
+        return mean + jnp.sqrt(variance) * jr.normal(key, target.x_t.shape, target.x_t.dtype)
+
+    def run_segment(self, key: RandomKey, target: ReverseTransition, entry: SegmentEntry, tuning: SegmentTuning) -> SegmentResult:
+        start_key, auxiliary_key, steps_key = jr.split(key, 3)
+        start = self.draw_start(start_key, target, tuning)
+        placeholder = Evaluation(target.x_t, target.score_t, jnp.zeros((), start.dtype))
+        auxiliary = self.init_auxiliary(auxiliary_key, start)
+
+        def body(carry: Any, inputs: Any) -> Any:
+            (current, auxiliary), (key, is_start) = carry, inputs
+            propose_key, accept_key = jr.split(key)
+            point, new_auxiliary = self.propose(propose_key, target, current, auxiliary, tuning)
+            proposal = target.evaluate(jnp.where(is_start, start, point), with_energy=self.needs_energy)
+            # At the start the ratio is meaningless and unused; comparing the point with itself keeps it finite.
+            origin = select(is_start, proposal, current)
+            new, stepped, info = self._accept(accept_key, target, origin, auxiliary, proposal, new_auxiliary, tuning)
+            start_ok = all_finite(*proposal)
+            safe = select(start_ok, proposal, placeholder)
+            new, auxiliary = select(is_start, (safe, auxiliary), (new, stepped))
+            failed = is_start & ~start_ok | ~is_start & info.failed
+            diverging = failed | ~is_start & info.diverging
+            return (new, auxiliary), (info.accept_prob, diverging, failed)
+
+        # Iteration 0 is the start, then the steps.
+        inputs = (jr.split(steps_key, self.num_steps + 1), jnp.arange(self.num_steps + 1) == 0)
+        (last, _), (accept_prob, diverging, failed) = jax.lax.scan(body, (placeholder, auxiliary), inputs)
+        return SegmentResult(
+            x=last.x,
+            score=last.score,
+            entry=entry,
+            accept_prob=jnp.mean(accept_prob[1:]) if self.num_steps else jnp.ones((), last.x.dtype),
+            mean_square_score=jnp.mean(last.score**2),
+            diverging=jnp.any(diverging),
+            failed=jnp.any(failed),
+        )
+
+
+def check_num_steps(owner: str, num_steps: Any, minimum: int = 1) -> None:
+    """Raise unless `num_steps` is an integer of at least `minimum`."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < minimum:
+        raise ValueError(f"`{owner}(num_steps=...)` must be an integer of at least {minimum}, got {num_steps!r}.")
+
+
+def check_positive(owner: str, name: str, value: Any, *, scalar: bool = False) -> None:
+    """Raise unless `value` is `None` or positive and finite: a scalar, or one value per segment."""
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{owner}({name}=...)` must be a positive number, got {value!r}.") from None
+    if array.ndim > (0 if scalar else 1):
+        shape = "a scalar" if scalar else "a scalar or one value per segment"
+        raise ValueError(f"`{owner}({name}=...)` must be {shape}, got shape {array.shape}.")
+    if not np.all(np.isfinite(array) & (array > 0)):
+        raise ValueError(f"`{owner}({name}=...)` must be positive and finite, got {value!r}.")
+
+
+def check_start(owner: str, start: Any) -> None:
+    """Raise unless `start` is one of the starts."""
+    if start not in get_args(Start):
+        options = ", ".join(repr(option) for option in get_args(Start))
+        raise ValueError(f"`{owner}(start=...)` must be one of {options}, got {start!r}.")

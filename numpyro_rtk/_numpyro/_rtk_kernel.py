@@ -1,0 +1,328 @@
+"""`RTKKernel`: draws from a diffusion model through NumPyro's `MCMC`."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from numpyro.infer.hmc_util import dual_averaging
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import is_prng_key
+
+from numpyro_rtk._adaptation import adapt_init, adapt_update, AdaptState, DualAveraging
+from numpyro_rtk._hoist import hoist, HoistedArrays
+from numpyro_rtk._inner import AbstractInnerKernel, MALA, PreconditionedMALA, ULD
+from numpyro_rtk._numpyro import _checks
+from numpyro_rtk._reverse import (
+    default_tuning,
+    num_score_evaluations,
+    reverse_pass,
+    segment_grid,
+    SegmentGrid,
+    terminal_sample,
+)
+from numpyro_rtk._schedule import AbstractNoiseSchedule, OU
+
+
+DEFAULT_SEGMENTS = 20
+
+
+class RTKState(NamedTuple):
+    """State of `RTKKernel`; with vectorized chains every field but `score_arrays` has a chain axis."""
+
+    z: dict[str, Array]
+    """The draw, `{site: event}`."""
+    accept_prob: Float[Array, ""]
+    """Mean acceptance probability over the segments; 1 for inner kernels without an accept step."""
+    segment_accept_prob: Float[Array, " segments"]
+    """Mean acceptance probability of each segment's inner steps, from noise to data."""
+    num_score_evals: Array
+    """Score evaluations of the pass."""
+    diverging: Bool[Array, ""]
+    """Whether the pass met something non-finite (or, without an accept step, exploding)."""
+    adapt_state: AdaptState
+    """Step sizes and curvatures, one per segment."""
+    score_arrays: HoistedArrays
+    """The network's arrays, kept here so that they are arguments of the compiled program."""
+    rng_key: Any
+    """Random key of the next pass."""
+
+
+class RTKKernel(MCMCKernel):
+    r"""Draw from a diffusion model: each MCMC iteration is one full reverse pass from fresh noise.
+
+    *Law.* Draws follow `p_{t_min}`, the law of the data noised to `t_min`, and are independent of each
+    other once warmup is over. The exactness of the law rests on the inner kernel: with the MALA family the
+    error falls geometrically with `num_steps`, down to the error of the energy difference; `ULA`, `ULD` and
+    `GaussianTransition` are biased at first or second order. The pass starts from
+    `N(0, (alpha^2 + sigma^2) I)` at the top of the grid, so data should be standardised and the top of the
+    grid be noise.
+
+    *Cost.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, in
+    `state.num_score_evals`. `init` makes two more, to check the score.
+
+    *Warmup* learns, per segment, the mean curvature of `-log p_s` and a step size: dual averaging of the mean
+    acceptance probability towards `target_accept_prob` for the MALA family, a rule based on the curvature
+    for `ULA` and `ULD`. Nothing changes after warmup. With `num_warmup=0` step sizes assume the largest curvature
+    any data can have, `1 / sigma_s^2`, which is safe and short.
+
+    *Failures.* If the network returns something non-finite where a segment starts, the pass is discarded: the
+    draw before is kept and `diverging` is set. A non-finite proposal of an adjusted kernel is
+    rejected and flagged.
+
+    Args:
+        score_fn: `score_fn(x, t)`: one event, scalar time, returns the score in the shape of `x`. Arguments of
+            `MCMC.run(rng_key, *args, **kwargs)` are passed on: `score_fn(x, t, *args, **kwargs)`.
+        event_shape: Shape of one event; may be left out if `init_params` is given to `MCMC.run`.
+        schedule: The noising process. `None`: the schedule of `score_fn` if it has one (the adapters do),
+            else `OU()`.
+        segments: Number of segments (placed by `segment_times`), or a decreasing time grid.
+        inner: The inner kernel; `None` is `PreconditionedMALA()`.
+        target_accept_prob: Acceptance probability that warmup aims at in every segment.
+        site: Name of the sample site.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot work, naming the argument; at construction where
+            possible, otherwise in `init`, before anything is compiled.
+
+    References:
+        Huang et al. (2024), arXiv 2405.16387.
+    """
+
+    def __init__(
+        self,
+        score_fn: Any,
+        *,
+        event_shape: tuple[int, ...] | None = None,
+        schedule: AbstractNoiseSchedule | None = None,
+        segments: Any = DEFAULT_SEGMENTS,
+        inner: AbstractInnerKernel | None = None,
+        target_accept_prob: float = 0.7,
+        site: str = "x",
+    ) -> None:
+        _checks.check_score_fn(score_fn)
+        _checks.check_site(site)
+        _checks.check_target_accept_prob(target_accept_prob)
+        self._score_fn = score_fn
+        self._event_shape = _checks.check_event_shape(event_shape)
+        schedule = _checks.resolve_schedule(score_fn, schedule)
+        self._schedule = OU() if schedule is None else schedule
+        self._times = _checks.resolve_segments(self._schedule, segments)
+        self._inner = PreconditionedMALA() if inner is None else inner
+        _checks.check_inner(self._inner, score_fn, self.num_segments)
+        self._target_accept_prob = float(target_accept_prob)
+        self._site = site
+
+    @property
+    def model(self) -> None:
+        """`None`: there is no NumPyro model; ArviZ asks."""
+        return None
+
+    @property
+    def sample_field(self) -> str:
+        """`"z"`."""
+        return "z"
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """The draws, and whether the pass diverged."""
+        return ("z", "diverging")
+
+    @property
+    def inner(self) -> AbstractInnerKernel:
+        """The inner kernel."""
+        return self._inner
+
+    @property
+    def schedule(self) -> AbstractNoiseSchedule:
+        """The noising process."""
+        return self._schedule
+
+    @property
+    def segment_times(self) -> np.ndarray:
+        """The time grid, shape `(num_segments + 1,)`, from noise to data."""
+        return self._times.copy()
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments."""
+        return self._times.size - 1
+
+    @property
+    def num_score_evals(self) -> int:
+        """Score evaluations per draw."""
+        return num_score_evaluations(self._inner, self.num_segments)
+
+    def get_diagnostics_str(self, state: RTKState) -> str:
+        """Acceptance, its worst segment and the cost, for the progress bar."""
+        evaluations = f"{self.num_score_evals} score evals/draw"
+        failed = ", diverging" if bool(state.diverging) else ""
+        if not self._inner.adapts_step_size:
+            return evaluations + failed
+        accept = np.asarray(state.segment_accept_prob)
+        worst = int(np.argmin(accept))
+        return (
+            f"{evaluations}, acc. prob={float(state.accept_prob):.2f} "
+            f"(lowest {accept[worst]:.2f} in segment {worst}, t={self._times[worst + 1]:.2g}){failed}"
+        )
+
+    def init(
+        self,
+        rng_key: Any,
+        num_warmup: int,
+        init_params: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> RTKState:
+        """Check the score and return the state before the first pass.
+
+        Args:
+            rng_key: One key, or one per vectorized chain.
+            num_warmup: Length of the warmup.
+            init_params: `None`, or `{site: array}` (or the array), with a chain axis if keys are batched: the
+                value that is kept if the very first pass fails.
+            model_args: Passed on to the score.
+            model_kwargs: Passed on to the score.
+        """
+        kwargs = {} if model_kwargs is None else model_kwargs
+        batched = not is_prng_key(rng_key)
+        value = _checks.read_init_params(init_params, self._site, self._event_shape, batched)
+        if value is None:
+            assert self._event_shape is not None
+            shape, dtype = self._event_shape, jnp.result_type(float)
+        else:
+            shape, dtype = value.shape[1:] if batched else value.shape, value.dtype
+        grid = segment_grid(self._schedule, self._times, dtype)
+        x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
+        _checks.check_score_shape(self._score_fn, x, t, model_args, kwargs)
+        if not isinstance(rng_key, jax.core.Tracer):
+            _checks.check_first_call(self._score_fn, grid, shape, dtype, model_args, kwargs)
+        arrays, _ = hoist(self._score_fn, x, t, model_args, kwargs)
+
+        def init_chain(rng_key: Any, value: Any) -> RTKState:
+            next_key, noise_key = jr.split(rng_key)
+            if value is None:
+                value = terminal_sample(noise_key, grid, shape, dtype)
+            tuning = default_tuning(self._inner, grid, math.prod(shape))
+            return RTKState(
+                z={self._site: value},
+                accept_prob=jnp.zeros((), dtype),
+                segment_accept_prob=jnp.zeros(self.num_segments, dtype),
+                num_score_evals=jnp.zeros((), int),
+                diverging=jnp.zeros((), bool),
+                adapt_state=adapt_init(tuning, num_warmup, DualAveraging(*dual_averaging())),
+                score_arrays=HoistedArrays((), ""),
+                rng_key=next_key,
+            )
+
+        state = jax.vmap(init_chain)(rng_key, value) if batched else init_chain(rng_key, value)
+        return state._replace(score_arrays=arrays)
+
+    def sample(self, state: RTKState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> RTKState:
+        """One reverse pass from fresh noise, for one chain or a batch of them."""
+        kwargs = {} if model_kwargs is None else model_kwargs
+        batched = not is_prng_key(state.rng_key)
+        value = state.z[self._site]
+        shape, dtype = value.shape[1:] if batched else value.shape, value.dtype
+        x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
+        own, rebuild = hoist(self._score_fn, x, t, model_args, kwargs)
+        arrays = state.score_arrays
+        if arrays.fingerprint != own.fingerprint:
+            raise ValueError(
+                "The state comes from a kernel with other network weights than this one, and draws would "
+                "mix the two. Start a new `MCMC` (or call `warmup` again) instead of re-using `post_warmup_state`."
+            )
+        score_fn = _Bound(rebuild(arrays.arrays), model_args, kwargs)
+        grid = segment_grid(self._schedule, self._times, dtype)
+        step = functools.partial(
+            _sample_chain,
+            score_fn=score_fn,
+            grid=grid,
+            inner=self._inner,
+            target_accept_prob=self._target_accept_prob,
+            num_score_evals=self.num_score_evals,
+            site=self._site,
+        )
+        chain = state._replace(score_arrays=HoistedArrays((), ""))
+        new = jax.vmap(step)(chain) if batched else step(chain)
+        return new._replace(score_arrays=arrays)
+
+
+class _Bound:
+    """A score callable with the arguments of the run bound to it; forwards energies where there are any."""
+
+    def __init__(self, score_fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._score_fn, self._args, self._kwargs = score_fn, args, kwargs
+
+    def __call__(self, x: Array, t: Array) -> Array:
+        return self._score_fn(x, t, *self._args, **self._kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("energy", "energy_and_score"):
+            raise AttributeError(name)
+        method = getattr(self._score_fn, name)
+        return lambda x, t: method(x, t, *self._args, **self._kwargs)
+
+
+def _sample_chain(
+    state: RTKState,
+    *,
+    score_fn: Any,
+    grid: SegmentGrid,
+    inner: AbstractInnerKernel,
+    target_accept_prob: float,
+    num_score_evals: int,
+    site: str,
+) -> RTKState:
+    """One pass of one chain: a pure function of the state."""
+    next_key, noise_key, pass_key = jr.split(state.rng_key, 3)
+    value = state.z[site]
+    noise = terminal_sample(noise_key, grid, value.shape, value.dtype)
+    result = reverse_pass(pass_key, score_fn, grid, inner, state.adapt_state.tuning, noise)
+    adapt_state = adapt_update(
+        inner,
+        grid,
+        state.adapt_state,
+        result,
+        target_accept_prob,
+        value.size,
+        DualAveraging(*dual_averaging()),
+    )
+    return RTKState(
+        z={site: jnp.where(result.failed, value, result.x)},
+        accept_prob=jnp.mean(result.accept_prob),
+        segment_accept_prob=result.accept_prob,
+        num_score_evals=jnp.full_like(state.num_score_evals, num_score_evals),
+        diverging=jnp.any(result.diverging),
+        adapt_state=adapt_state,
+        score_arrays=state.score_arrays,
+        rng_key=next_key,
+    )
+
+
+def RTKMALA(score_fn: Any, *, num_steps: int = 4, segments: Any = DEFAULT_SEGMENTS, **options: Any) -> RTKKernel:
+    """`RTKKernel` with `MALA(num_steps)` as inner kernel; `segments * (num_steps + 1)` score evaluations a draw.
+
+    Args:
+        score_fn: As in `RTKKernel`.
+        num_steps: MALA steps per segment.
+        segments: As in `RTKKernel`.
+        **options: The other arguments of `RTKKernel`.
+    """
+    return RTKKernel(score_fn, inner=MALA(num_steps=num_steps), segments=segments, **options)
+
+
+def RTKULD(score_fn: Any, *, num_steps: int = 8, segments: Any = DEFAULT_SEGMENTS, **options: Any) -> RTKKernel:
+    """`RTKKernel` with `ULD(num_steps)` as inner kernel; `segments * (num_steps + 1)` score evaluations a draw.
+
+    Args:
+        score_fn: As in `RTKKernel`.
+        num_steps: Underdamped Langevin steps per segment.
+        segments: As in `RTKKernel`.
+        **options: The other arguments of `RTKKernel`.
+    """
+    return RTKKernel(score_fn, inner=ULD(num_steps=num_steps), segments=segments, **options)
