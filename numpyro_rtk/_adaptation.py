@@ -24,7 +24,7 @@ class AdaptState(NamedTuple):
     """Mean curvature of `-log p_s` in use, `1 / x^2`."""
     mean_square_score: PerSegment
     """Weighted mean of `|score_s|^2 / dim` over the warmup so far."""
-    count: PerSegment
+    num_passes: PerSegment
     """Number of passes in that mean."""
     step_size_state: Any
     """State of the dual averaging of the log step sizes, a tuple of arrays."""
@@ -53,7 +53,7 @@ def adapt_init(tuning: SegmentTuning, num_warmup: int, averaging: DualAveraging)
         step_size=tuning.step_size,
         curvature=tuning.curvature,
         mean_square_score=zeros,
-        count=zeros,
+        num_passes=zeros,
         step_size_state=jax.vmap(averaging.init)(jnp.log(tuning.step_size)),
         iteration=jnp.zeros((), int),
         num_warmup=jnp.asarray(num_warmup, int),
@@ -82,11 +82,11 @@ def adapt_update(
     warming, is_last = iteration <= state.num_warmup, iteration == state.num_warmup
     usable: Bool[Array, " segments"] = warming & ~result.failed & ~result.diverging
 
-    count = state.count + usable
-    weight = jnp.where(usable, 2 / (count + 1), 0.0)
+    num_passes = state.num_passes + usable
+    weight = jnp.where(usable, 2 / (num_passes + 1), 0.0)
     mean_square = state.mean_square_score + weight * (result.mean_square_score - state.mean_square_score)
     bound = 1 / grid.sigma_s**2
-    learnt = jnp.where((count > 0) & (mean_square > 0), jnp.minimum(mean_square, bound), bound)
+    learnt = jnp.where((num_passes > 0) & (mean_square > 0), jnp.minimum(mean_square, bound), bound)
     curvature = jnp.where(warming, learnt, state.curvature)
 
     averaging_state, step_size = state.step_size_state, state.step_size
@@ -104,7 +104,7 @@ def adapt_update(
         step_size=step_size,
         curvature=curvature,
         mean_square_score=mean_square,
-        count=count,
+        num_passes=num_passes,
         step_size_state=averaging_state,
         iteration=iteration,
     )

@@ -104,7 +104,7 @@ class GaussLegendre(AbstractEnergyDifference):
             raise ValueError(f"`GaussLegendre(num_nodes=...)` must be an integer of at least 1, got {self.num_nodes!r}.")
 
     @property
-    def num_extra_evaluations(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def num_extra_evaluations(self) -> int:
         return self.num_nodes
 
     def __call__(self, score_fn, x, y, score_x, score_y, energy_x, energy_y):
@@ -120,8 +120,8 @@ class GaussLegendre(AbstractEnergyDifference):
         if self.num_nodes % 2:
             total = jnp.asarray(weights[num_pairs], x.dtype) * score_fn(middle)
         if num_pairs:
-            shift = offsets.reshape((num_pairs,) + (1,) * x.ndim) * half
-            scores = jax.vmap(score_fn)(jnp.concatenate([middle + shift, middle - shift]))
+            shift = jnp.multiply.outer(offsets, half)
+            scores = jax.vmap(score_fn)(jnp.concatenate([middle[None] + shift, middle[None] - shift]))
             pairs = scores[:num_pairs] + scores[num_pairs:]
             total = total + jnp.tensordot(pair_weights, pairs, axes=1)
         return dot(total, half)

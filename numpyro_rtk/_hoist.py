@@ -12,7 +12,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
+from jax.core import Tracer
 
 
 def _is_array(leaf: Any) -> bool:
@@ -29,9 +32,9 @@ class HoistedArrays(eqx.Module):
 def _fingerprint(arrays: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(arrays):
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             return "traced"
-        values = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        values = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, dtypes.prng_key) else leaf
         values = np.asarray(values)
         digest.update(str((values.shape, values.dtype)).encode())
         digest.update(np.ascontiguousarray(values).view(np.uint8).data if values.size else b"")

@@ -158,4 +158,5 @@ def reverse_pass(
     entry = SegmentEntry(jnp.zeros_like(x), jnp.zeros((), x.dtype))
     carry = (x, score, entry, jnp.zeros((), bool))
     (x, _, _, failed), (reported, path) = jax.lax.scan(body, carry, (keys, grid, tuning))
-    return ReverseResult(x, *reported, failed, path)
+    accept_prob, mean_square_score, diverging = reported
+    return ReverseResult(x, accept_prob, mean_square_score, diverging, failed, path)

@@ -282,11 +282,11 @@ class VE(AbstractNoiseSchedule):
         _ordered("VE", "sigma_min", self.sigma_min, "sigma_max", self.sigma_max)
 
     @property
-    def t_min(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def t_min(self) -> float:
         return 0.0
 
     @property
-    def t_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def t_max(self) -> float:
         return 1.0
 
     @property
@@ -332,11 +332,11 @@ class EDM(AbstractNoiseSchedule):
         _ordered("EDM", "sigma_min", self.sigma_min, "sigma_max", self.sigma_max)
 
     @property
-    def t_min(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def t_min(self) -> float:
         return self.sigma_min
 
     @property
-    def t_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def t_max(self) -> float:
         return self.sigma_max
 
     def alpha(self, t: Times) -> Times:
@@ -436,11 +436,11 @@ class DiscreteVP(AbstractNoiseSchedule):
         self.alphas_cumprod = tuple(values.tolist())
 
     @property
-    def t_min(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def t_min(self) -> float:
         return 0.0
 
     @property
-    def t_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def t_max(self) -> float:
         return float(len(self.alphas_cumprod) - 1)
 
     def _table(self) -> np.ndarray:
@@ -561,7 +561,7 @@ def paper_segment_times(smoothness: float, t_max: float, *, t_min: float = 1e-3)
     _ordered("paper_segment_times", "t_min", float(t_min), "t_max", float(t_max))
     eta = 0.5 * math.log1p(0.5 / smoothness)
     # A remainder below a thousandth of a segment is rounding, not a segment.
-    num_full = math.floor((t_max - t_min) / eta * (1 + 1e-12) - 1e-3)
+    num_full = max(0, math.floor((t_max - t_min) / eta * (1 + 1e-12) - 1e-3))
     times = t_max - eta * np.arange(num_full + 1)
     return np.append(times, t_min)
 

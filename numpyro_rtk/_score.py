@@ -293,7 +293,7 @@ class GaussianMixtureScore(eqx.Module):
         """Score of one event, shape `(dim,)`."""
         return self.energy_and_score(x, t)[1]
 
-    def sample(self, key: RandomKey, num_samples: int, t: ArrayLike | None = None) -> Float[Array, "num_samples dim"]:
+    def sample(self, key: RandomKey, num_samples: int, t: Scalar | None = None) -> Float[Array, "num_samples dim"]:
         """Exact draws of `x_t`, or of the data where `t` is not given."""
         component_key, noise_key = jax.random.split(key)
         component = jax.random.categorical(component_key, self.log_weights, shape=(num_samples,))

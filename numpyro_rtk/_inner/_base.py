@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 
 from numpyro_rtk._custom_types import Event, Flag, RandomKey, Scalar
 from numpyro_rtk._target import Evaluation, ReverseTransition
@@ -84,8 +85,11 @@ class AbstractInnerKernel(eqx.Module):
     """Whether `ReverseTransition.score_t` is the network's score rather than zeros."""
     adapts_step_size: eqx.AbstractClassVar[bool]
     """Whether warmup tunes the step size towards a target acceptance probability."""
-    needs_energy: eqx.AbstractVar[bool]
-    """Whether the score must also provide `energy(x, t)`."""
+
+    @property
+    @abc.abstractmethod
+    def needs_energy(self) -> bool:
+        """Whether the score must also provide `energy(x, t)`."""
 
     @property
     @abc.abstractmethod
@@ -241,7 +245,7 @@ def check_num_steps(owner: str, num_steps: Any, minimum: int = 1) -> None:
 
 def check_positive(owner: str, name: str, value: Any, *, scalar: bool = False) -> None:
     """Raise unless `value` is `None` or positive and finite: a scalar, or one value per segment."""
-    if value is None or isinstance(value, jax.core.Tracer):
+    if value is None or isinstance(value, Tracer):
         return
     try:
         array = np.asarray(value, np.float64)

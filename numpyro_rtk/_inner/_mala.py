@@ -78,7 +78,7 @@ class MALA(AbstractMarkovKernel):
         check_start("MALA", self.start)
 
     @property
-    def needs_energy(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def needs_energy(self) -> bool:
         return self.energy_difference.needs_energy
 
     @property

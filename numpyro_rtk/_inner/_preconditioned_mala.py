@@ -70,7 +70,7 @@ class PreconditionedMALA(AbstractMarkovKernel):
         check_start("PreconditionedMALA", self.start)
 
     @property
-    def needs_energy(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def needs_energy(self) -> bool:
         return self.energy_difference.needs_energy
 
     @property

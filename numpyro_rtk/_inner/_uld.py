@@ -29,8 +29,9 @@ def velocity_weight(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Returns:
         The weight, in (0, 1], same shape and dtype; 1 at 0.
     """
-    safe = jnp.where(a > 0, a, 1.0)
-    return jnp.where(a > 0, -jnp.expm1(-safe) / safe, 1.0)
+    # 1 - a force_weight(a) is the same number, and below 1 it has the right derivative at 0 and near it.
+    near, far = jnp.minimum(a, 1.0), jnp.maximum(a, 1.0)
+    return jnp.where(a < 1.0, 1 - near * force_weight(near), -jnp.expm1(-far) / far)
 
 
 def force_weight(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -51,19 +52,6 @@ def force_weight(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(a < 1.0, series, (jnp.expm1(-far) + far) / far**2)
 
 
-_TANH_TAIL = (
-    # Taylor coefficients of (x - tanh x) / x^3 in x^2, from the recurrence of tanh' = 1 - tanh^2.
-    1 / 3,
-    -2 / 15,
-    17 / 315,
-    -62 / 2835,
-    1382 / 155925,
-    -21844 / 6081075,
-    929569 / 638512875,
-    -6404582 / 10854718875,
-)
-
-
 def position_noise_scale(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     r"""Scale of the position noise that is independent of the velocity noise, per unit step.
 
@@ -77,13 +65,15 @@ def position_noise_scale(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Returns:
         `2 sqrt(a/2 - tanh(a/2)) / a`, of order `sqrt(a / 6)` for small `a`.
     """
+    # 2 sqrt(x - tanh x) / a = sqrt((x - tanh x) / x^2) with x = a / 2. The difference cancels as x -> 0. The
+    # continued fraction tanh x = x / (1 + x^2 / q), q = 3 + x^2 / (5 + x^2 / (7 + ...)), turns it into
+    # x / (q + x^2), a sum of positive terms, of float64 accuracy below 1 in 9 levels.
     x = 0.5 * a
-    near, far = jnp.minimum(x, 0.3), jnp.maximum(x, 0.3)
-    series = jnp.zeros_like(x)
-    for coefficient in reversed(_TANH_TAIL):
-        series = series * near**2 + coefficient
-    # 2 sqrt(x - tanh x) / a = sqrt((x - tanh x) / x^2)
-    return jnp.sqrt(jnp.where(x < 0.3, near * series, (far - jnp.tanh(far)) / far**2))
+    near, far = jnp.minimum(x, 1.0), jnp.maximum(x, 1.0)
+    q = jnp.full_like(x, 21.0)
+    for k in range(19, 1, -2):
+        q = k + near**2 / q
+    return jnp.sqrt(jnp.where(x < 1.0, near / (q + near**2), (far - jnp.tanh(far)) / far**2))
 
 
 class ULD(AbstractMarkovKernel):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 
 from numpyro_rtk._inner import AbstractInnerKernel
 from numpyro_rtk._reverse import SegmentGrid, terminal_sample, terminal_variance
@@ -144,7 +145,7 @@ def read_init_params(init_params: Any, site: str, event_shape: tuple[int, ...] |
             f"`init_params[{site!r}]` has event shape {shape}, but the kernel was given `event_shape={event_shape}`."
             + (" Its leading axis is the chain axis." if batched else "")
         )
-    if not isinstance(value, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(value))):
+    if not isinstance(value, Tracer) and not bool(jnp.all(jnp.isfinite(value))):
         raise ValueError(f"`init_params[{site!r}]` contains NaN or infinity.")
     return value
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 from numpyro.infer.hmc_util import dual_averaging
 from numpyro.infer.mcmc import MCMCKernel
@@ -153,6 +154,11 @@ class RTKKernel(MCMCKernel):
         return self._times.size - 1
 
     @property
+    def target_accept_prob(self) -> float:
+        """Acceptance probability that warmup aims at in every segment."""
+        return self._target_accept_prob
+
+    @property
     def num_score_evals(self) -> int:
         """Score evaluations per draw."""
         return num_score_evaluations(self._inner, self.num_segments)
@@ -199,7 +205,7 @@ class RTKKernel(MCMCKernel):
         grid = segment_grid(self._schedule, self._times, dtype)
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
         _checks.check_score_shape(self._score_fn, x, t, model_args, kwargs)
-        if not isinstance(rng_key, jax.core.Tracer):
+        if not isinstance(rng_key, Tracer):
             _checks.check_first_call(self._score_fn, grid, shape, dtype, model_args, kwargs)
         arrays, _ = hoist(self._score_fn, x, t, model_args, kwargs)
 

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table; run as `python -m benchmarks.NAME` from the project's root."""
