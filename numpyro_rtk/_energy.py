@@ -60,7 +60,8 @@ class AbstractEnergyDifference(eqx.Module):
 class Trapezoid(AbstractEnergyDifference):
     """Trapezoid rule on the scores at both ends: no extra evaluation, error `O(|y - x|^3)`.
 
-    Exact for a quadratic log density.
+    Exact for a quadratic log density. Where moves are long compared with the features of `p_s`, as between
+    close modes, the error biases the law: use `Simpson` there.
     """
 
     needs_energy = False

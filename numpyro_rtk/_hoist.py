@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 
 def _is_array(leaf: Any) -> bool:
@@ -41,14 +42,69 @@ def _fingerprint(arrays: Any) -> str:
     return digest.hexdigest()
 
 
+ENERGY_METHODS = ("energy", "energy_and_score")
+
+
+class _Rebuilt:
+    """A score callable, or what its kernel needs of it, on arrays that are handed in."""
+
+    def __init__(self, methods: dict[str, Callable[..., Any]]) -> None:
+        self._methods = methods
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._methods["__call__"](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ENERGY_METHODS or name not in self._methods:
+            raise AttributeError(name)
+        return self._methods[name]
+
+
+def _without_jit(leaf: Any) -> Any:
+    # What a jitted function closes over is hidden in its own program.
+    return getattr(leaf, "__wrapped__", leaf) if isinstance(leaf, jax.stages.Wrapped) else leaf
+
+
+class _Converted(eqx.Module):
+    """A traced function whose arrays are leaves; called with the arguments it was traced with, or their like."""
+
+    arrays: list[Any]
+    jaxpr: Any = eqx.field(static=True)
+    out_structure: Any = eqx.field(static=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if _is_array(leaf)]
+        closed = ClosedJaxpr(self.jaxpr, self.arrays)
+        return jax.tree.unflatten(self.out_structure, jaxpr_as_fun(closed)(*leaves))
+
+
+def _convert(method: Callable[..., Any], x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Not `eqx.filter_closure_convert`: it leaves functions alone that use global arrays, and under `pmap` it
+    # takes an argument on a device for another one than its shape and dtype say.
+    dynamic, static = eqx.partition((args, kwargs), _is_array)
+
+    def function(x: Any, t: Any, dynamic: Any) -> Any:
+        args, kwargs = eqx.combine(dynamic, static)
+        return method(x, t, *args, **kwargs)
+
+    closed, out = jax.make_jaxpr(function, return_shape=True)(x, t, dynamic)
+    return _Converted(list(closed.consts), closed.jaxpr, jax.tree.structure(out))
+
+
 def hoist(
-    score_fn: Callable[..., Any], x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    score_fn: Callable[..., Any],
+    x: Any,
+    t: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    with_energy: bool = False,
 ) -> tuple[HoistedArrays, Callable[[Any], Callable[..., Any]]]:
     """Separate the arrays of a score callable from the rest.
 
-    PyTrees (Equinox modules, the adapters) are partitioned; of any other callable the arrays it
-    closes over are found by tracing it once. Callables that are no PyTree but have an `energy` method
-    are left alone: their arrays remain constants of the program.
+    They are found by tracing it once, so that it does not matter whether a module holds them, a function
+    closes over them or a global name refers to them. Only arrays inside a function that `score_fn`
+    itself calls through `jax.jit` stay hidden: they remain constants of the program.
 
     Args:
         score_fn: `score_fn(x, t, *args, **kwargs)`.
@@ -56,16 +112,22 @@ def hoist(
         t: Shape and dtype of the time.
         args: Further positional arguments.
         kwargs: Further keyword arguments.
+        with_energy: Whether the energy methods are needed, too.
 
     Returns:
-        The arrays, and a function that puts arrays of that structure back into a score callable.
+        The arrays, each once, and a function that puts arrays of that structure back into a score callable.
     """
-    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(score_fn))
-    if not is_leaf:
-        arrays, static = eqx.partition(score_fn, _is_array)
-        return HoistedArrays(arrays, _fingerprint(arrays)), lambda arrays: eqx.combine(arrays, static)
-    if hasattr(score_fn, "energy"):
-        return HoistedArrays((), _fingerprint(())), lambda arrays: score_fn
-    converted = eqx.filter_closure_convert(score_fn, x, t, *args, **kwargs)
-    arrays, static = eqx.partition(converted, _is_array)
-    return HoistedArrays(arrays, _fingerprint(arrays)), lambda arrays: eqx.combine(arrays, static)
+    score_fn = jax.tree.map(_without_jit, score_fn)
+    names = [name for name in ENERGY_METHODS if with_energy and hasattr(score_fn, name)]
+    methods = {name: getattr(score_fn, name) for name in names} | {"__call__": score_fn}
+    leaves, structure = jax.tree.flatten({name: _convert(method, x, t, args, kwargs) for name, method in methods.items()})
+    keys = [(_fingerprint(leaf), id(leaf) if isinstance(leaf, Tracer) else 0) if _is_array(leaf) else None for leaf in leaves]
+    unique = {key: leaf for key, leaf in zip(keys, leaves, strict=True) if key is not None}
+    position = {key: i for i, key in enumerate(unique)}
+    found = list(unique.values())
+
+    def rebuild(arrays: list[Any]) -> Callable[..., Any]:
+        filled = [leaf if key is None else arrays[position[key]] for key, leaf in zip(keys, leaves, strict=True)]
+        return _Rebuilt(jax.tree.unflatten(structure, filled))
+
+    return HoistedArrays(found, _fingerprint(found)), rebuild

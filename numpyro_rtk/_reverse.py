@@ -1,5 +1,6 @@
 """The reverse driver: `x_T -> x_0` over the segments, in pure JAX, for one event."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,8 @@ def segment_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any)
     """
     # The network must see the same rounded time as the coefficients.
     times = np.asarray(times, dtype).astype(np.float64)
+    if not np.all(np.diff(times) < 0):
+        raise ValueError(f"`segments` has times that coincide in {np.dtype(dtype).name}. Use fewer segments, or more precision.")
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         t, s = jnp.asarray(times[:-1], jnp.float64), jnp.asarray(times[1:], jnp.float64)
         a, v = schedule.transition(s, t)
@@ -51,23 +54,44 @@ def segment_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any)
     return SegmentGrid(*(jnp.asarray(value, dtype) for value in values))
 
 
-def default_tuning(inner: AbstractInnerKernel, grid: SegmentGrid, dim: int) -> SegmentTuning:
+class Tuning(NamedTuple):
+    """What warmup learns about a whole pass; memory `num_segments` plus one event."""
+
+    step_size: PerSegment
+    """Step size of each segment, in the inner kernel's own unit."""
+    curvature: PerSegment
+    """Curvature of `-log p_s`, mean over coordinates, for each segment."""
+    profile: Event
+    """Curvature times `sigma_s^2` by coordinate, averaged over segments, in (0, 1]."""
+
+    def by_coordinate(self, curvature: Array, sigma_s: Array) -> Event:
+        """Curvature of one segment by coordinate: its mean, spread over coordinates as the profile says.
+
+        The curvature of every segment times `sigma_s^2` is taken as a power of the profile, the power that matches
+        the mean on the log scale. Exact where all coordinates are alike.
+        """
+        log_mean_profile = jnp.minimum(jnp.log(jnp.mean(self.profile)), -1e-3)
+        power = jnp.clip(jnp.log(curvature * sigma_s**2) / log_mean_profile, 0.0, 10.0)
+        shape = self.profile**power
+        return jnp.minimum(curvature * shape / jnp.mean(shape), 1 / sigma_s**2)
+
+
+def default_tuning(inner: AbstractInnerKernel, grid: SegmentGrid, shape: tuple[int, ...]) -> Tuning:
     """Tuning before anything is learnt: safe for any `p_s`.
 
     The curvature of `-log p_s` is at most `1 / sigma_s^2`, whatever the data (its Hessian is
     `I / sigma_s^2 - alpha_s^2 Cov(x_0 | x_s) / sigma_s^4`). Step sizes given by the user are used as they are.
     """
-    return with_step_size_rule(inner, grid, 1 / grid.sigma_s**2, dim)
+    curvature = 1 / grid.sigma_s**2
+    return Tuning(rule_step_size(inner, grid, curvature, math.prod(shape)), curvature, jnp.ones(shape, grid.t.dtype))
 
 
-def with_step_size_rule(inner: AbstractInnerKernel, grid: SegmentGrid, curvature: PerSegment, dim: int) -> SegmentTuning:
+def rule_step_size(inner: AbstractInnerKernel, grid: SegmentGrid, curvature: PerSegment, dim: int) -> PerSegment:
     """Step sizes by the inner kernel's rule, or its own `step_size` where it has one."""
     given = getattr(inner, "step_size", None)
     if given is None:
-        step_size = inner.default_step_size(grid.a**2 / grid.v + curvature, dim)
-    else:
-        step_size = jnp.broadcast_to(jnp.asarray(given, grid.t.dtype), grid.t.shape)
-    return SegmentTuning(step_size, curvature)
+        return inner.default_step_size(grid.a**2 / grid.v + curvature, dim)
+    return jnp.broadcast_to(jnp.asarray(given, grid.t.dtype), grid.t.shape)
 
 
 class ReverseResult(NamedTuple):
@@ -79,6 +103,9 @@ class ReverseResult(NamedTuple):
     """Mean acceptance probability of each segment's inner steps."""
     mean_square_score: PerSegment
     """`|score|^2 / dim` at each segment's end."""
+    profile: Event
+    """`sigma_s^2 score^2` by coordinate at the segments' ends, averaged over segments with more weight
+    where the curvature is below its bound `1 / sigma_s^2`."""
     diverging: Bool[Array, " segments"]
     """Segments that met something non-finite or exploding."""
     failed: Flag
@@ -108,7 +135,7 @@ def reverse_pass(
     score_fn: ScoreFn,
     grid: SegmentGrid,
     inner: AbstractInnerKernel,
-    tuning: SegmentTuning,
+    tuning: Tuning,
     x: Event,
     *,
     keep_path: bool = False,
@@ -124,7 +151,7 @@ def reverse_pass(
         score_fn: `score_fn(x, t)`.
         grid: From `segment_grid`.
         inner: The inner kernel.
-        tuning: Step sizes and curvatures, one per segment.
+        tuning: Step sizes and curvatures of the segments.
         x: Terminal noise, any shape, from `terminal_sample`.
         keep_path: Whether to return the draws at all segment ends.
 
@@ -135,9 +162,14 @@ def reverse_pass(
     # was drawn from, which costs no evaluation.
     score = -x / terminal_variance(grid)
 
-    def body(carry: Any, inputs: tuple[RandomKey, SegmentGrid, SegmentTuning]) -> Any:
-        x, score, entry, failed = carry
-        key, segment, segment_tuning = inputs
+    # Segments where the curvature is below its bound tell coordinates apart; the others hardly do.
+    weights = 1 - tuning.curvature * grid.sigma_s**2 + 1e-2
+    weights = weights / jnp.sum(weights)
+
+    def body(carry: Any, inputs: tuple[RandomKey, SegmentGrid, Array, Array, Array]) -> Any:
+        x, score, entry, profile, failed = carry
+        key, segment, step_size, curvature, weight = inputs
+        segment_tuning = SegmentTuning(step_size, tuning.by_coordinate(curvature, segment.sigma_s))
         target = ReverseTransition(
             score_fn=score_fn,
             x_t=x,
@@ -150,13 +182,15 @@ def reverse_pass(
             alpha_t=segment.alpha_t,
         )
         result = inner.run_segment(key, target, entry, segment_tuning)
-        carry = (result.x, result.score, result.entry, failed | result.failed)
-        reported = (result.accept_prob, result.mean_square_score, result.diverging)
+        profile = profile + weight * segment.sigma_s**2 * result.square_score
+        carry = (result.x, result.score, result.entry, profile, failed | result.failed)
+        reported = (result.accept_prob, jnp.mean(result.square_score), result.diverging)
         return carry, (reported, result.x if keep_path else None)
 
     keys = jr.split(key, grid.t.shape[0])
     entry = SegmentEntry(jnp.zeros_like(x), jnp.zeros((), x.dtype))
-    carry = (x, score, entry, jnp.zeros((), bool))
-    (x, _, _, failed), (reported, path) = jax.lax.scan(body, carry, (keys, grid, tuning))
+    carry = (x, score, entry, jnp.zeros_like(x), jnp.zeros((), bool))
+    inputs = (keys, grid, tuning.step_size, tuning.curvature, weights)
+    (x, _, _, profile, failed), (reported, path) = jax.lax.scan(body, carry, inputs)
     accept_prob, mean_square_score, diverging = reported
-    return ReverseResult(x, accept_prob, mean_square_score, diverging, failed, path)
+    return ReverseResult(x, accept_prob, mean_square_score, profile, diverging, failed, path)

@@ -11,6 +11,7 @@ so that float32 is enough close to `t_min`.
 
 import abc
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,11 @@ class AbstractNoiseSchedule(eqx.Module):
     @abc.abstractmethod
     def transition(self, s: Times, t: Times) -> tuple[Times, Times]:
         """`(a, v)` of the noising step `x_t | x_s ~ N(a x_s, v I)` for `s <= t`."""
+
+    @property
+    def max_segments(self) -> int:
+        """The largest number of segments a grid can have."""
+        return sys.maxsize
 
     def snap(self, times: np.ndarray) -> np.ndarray:
         """Nearest times at which the score may be evaluated (all, unless the network's time is discrete)."""
@@ -428,6 +434,11 @@ class DiscreteVP(AbstractNoiseSchedule):
                 "`DiscreteVP(alphas_cumprod=...)` must have shape (num_steps,) with at least two steps, "
                 f"got shape {values.shape}."
             )
+        if values[-1] == 0 and np.all(np.diff(values) < 0):
+            raise ValueError(
+                "`DiscreteVP(alphas_cumprod=...)` ends at 0 (zero terminal signal-to-noise ratio), where a score tells "
+                "nothing about the data. Leave that step out: `alphas_cumprod[:-1]`."
+            )
         if not (np.all(np.diff(values) < 0) and 0 < values[-1] and values[0] < 1):
             raise ValueError(
                 "`DiscreteVP(alphas_cumprod=...)` must decrease strictly inside (0, 1); got values from "
@@ -442,6 +453,10 @@ class DiscreteVP(AbstractNoiseSchedule):
     @property
     def t_max(self) -> float:
         return float(len(self.alphas_cumprod) - 1)
+
+    @property
+    def max_segments(self) -> int:
+        return len(self.alphas_cumprod) - 1
 
     def _table(self) -> np.ndarray:
         squared = np.asarray(self.alphas_cumprod)
@@ -523,9 +538,9 @@ def segment_times(schedule: AbstractNoiseSchedule, num_segments: int, *, rho: fl
 
 def _separate(times: np.ndarray, num_segments: int, schedule: AbstractNoiseSchedule) -> np.ndarray:
     """Push coinciding steps of a discrete schedule apart by whole steps."""
-    if num_segments > schedule.t_max - schedule.t_min:
+    if num_segments > schedule.max_segments:
         raise ValueError(
-            f"`segments={num_segments}` is more than the {int(schedule.t_max - schedule.t_min)} steps between "
+            f"`segments={num_segments}` is more than the {schedule.max_segments} steps between "
             "the noise levels of this discrete schedule. Use fewer segments."
         )
     rising = times[::-1].copy()

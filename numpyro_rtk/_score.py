@@ -25,8 +25,13 @@ from numpyro_rtk._schedule import AbstractNoiseSchedule
 def _check_network(owner: str, network: Any, schedule: Any) -> None:
     if not callable(network):
         raise TypeError(f"`{owner}(network=...)` must be callable as network(x, t), got {type(network).__name__}.")
+    _check_schedule(owner, schedule)
+
+
+def _check_schedule(owner: str, schedule: Any) -> None:
     if not isinstance(schedule, AbstractNoiseSchedule):
-        raise TypeError(f"`{owner}(schedule=...)` must be a noise schedule such as `OU()`, got {type(schedule).__name__}.")
+        hint = f" Did you mean `{schedule.__name__}()`?" if isinstance(schedule, type) else ""
+        raise TypeError(f"`{owner}(schedule=...)` must be a noise schedule such as `OU()`, got {schedule!r}.{hint}")
 
 
 class AbstractNetworkScore(eqx.Module):
@@ -164,7 +169,7 @@ class BatchedNetwork(eqx.Module):
     XLA sees one batched evaluation again.
 
     Args:
-        network: The batched network; further arguments are passed on with a leading axis of one.
+        network: The batched network; further array arguments get a leading axis of one, too.
     """
 
     network: Callable[..., Any]
@@ -175,7 +180,7 @@ class BatchedNetwork(eqx.Module):
 
     def __call__(self, x: Event, t: Array, *args: Any, **kwargs: Any) -> Event:
         """Prediction for one event, shape of `x`."""
-        args, kwargs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (args, kwargs))
+        args, kwargs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None] if eqx.is_array_like(leaf) else leaf, (args, kwargs))
         return self.network(x[None], jnp.asarray(t)[None], *args, **kwargs)[0]
 
 
@@ -254,22 +259,21 @@ class GaussianMixtureScore(eqx.Module):
             raise ValueError(
                 f"`{owner}(covariances=...)` must be positive semi-definite; smallest eigenvalue {np.min(eigenvalues):g}."
             )
-        if not isinstance(schedule, AbstractNoiseSchedule):
-            raise TypeError(f"`{owner}(schedule=...)` must be a noise schedule such as `OU()`, got {type(schedule).__name__}.")
-        with np.errstate(divide="ignore"):
-            log_weights = np.log(weights / weights.sum())
-        # A weight of zero is a component that is never there: a finite log keeps gradients free of NaN.
-        self.log_weights = jnp.asarray(np.maximum(log_weights, -1e4))
-        self.means = jnp.asarray(means)
-        self.eigenvalues = jnp.asarray(np.maximum(eigenvalues, 0.0))
-        self.eigenvectors = jnp.asarray(eigenvectors)
+        _check_schedule(owner, schedule)
+        # A component of weight zero is left out: any log weight, finite or not, would show somewhere, in a score
+        # far from the others or in a gradient.
+        kept = weights > 0
+        self.log_weights = jnp.asarray(np.log(weights[kept] / weights.sum()))
+        self.means = jnp.asarray(means[kept])
+        self.eigenvalues = jnp.asarray(np.maximum(eigenvalues[kept], 0.0))
+        self.eigenvectors = jnp.asarray(eigenvectors[kept])
         self.schedule = schedule
 
     def _components(self, x: Event, t: Scalar) -> tuple[Array, Array, Array]:
         """Component log densities with weights, standardised residuals, variances, in each eigenbasis."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         variances = alpha**2 * self.eigenvalues + sigma**2
-        residuals = jnp.einsum("kij,ki->kj", self.eigenvectors, x - alpha * self.means)
+        residuals = jnp.einsum("kij,ki->kj", self.eigenvectors, x[None] - alpha * self.means)
         scaled = residuals / variances
         log_normal = -0.5 * jnp.sum(residuals * scaled + jnp.log(2 * jnp.pi * variances), axis=-1)
         return self.log_weights + log_normal, scaled, variances

@@ -6,6 +6,7 @@ from numpyro_rtk._inner._base import (
     SegmentEntry as SegmentEntry,
     SegmentResult as SegmentResult,
     SegmentTuning as SegmentTuning,
+    Start as Start,
     StepInfo as StepInfo,
 )
 from numpyro_rtk._inner._gaussian import GaussianTransition as GaussianTransition

@@ -25,8 +25,8 @@ class SegmentTuning(NamedTuple):
 
     step_size: Scalar
     """Step size in the inner kernel's own unit."""
-    curvature: Scalar
-    """Mean curvature of `-log p_s`: `E |score_s|^2 / dim`, at most `1 / sigma_s^2`."""
+    curvature: Event | Scalar
+    """Curvature of `-log p_s` by coordinate, `E score_s^2`, at most `1 / sigma_s^2`."""
 
 
 class SegmentEntry(NamedTuple):
@@ -49,8 +49,8 @@ class SegmentResult(NamedTuple):
     """For the next segment."""
     accept_prob: Scalar
     """Mean acceptance probability over the inner steps; 1 for kernels without an accept step."""
-    mean_square_score: Scalar
-    """`|score|^2 / dim` at the draw, whose expectation is the mean curvature of `-log p_s`."""
+    square_score: Event
+    """Squared score of `p_s` at the draw, whose expectation is the curvature of `-log p_s` by coordinate."""
     diverging: Flag
     """Whether something non-finite, or an exploding unadjusted step, was met."""
     failed: Flag
@@ -213,9 +213,14 @@ class AbstractMarkovKernel(AbstractInnerKernel):
             propose_key, accept_key = jr.split(key)
             point, new_auxiliary = self.propose(propose_key, target, current, auxiliary, tuning)
             proposal = target.evaluate(jnp.where(is_start, start, point), with_energy=self.needs_energy)
-            # At the start the ratio is meaningless and unused; comparing the point with itself keeps it finite.
-            origin = select(is_start, proposal, current)
-            new, stepped, info = self._accept(accept_key, target, origin, auxiliary, proposal, new_auxiliary, tuning)
+            # At the start there is no ratio, and what it would evaluate must not be evaluated. The flag is not
+            # batched, so under `vmap` this still branches.
+            no_step = StepInfo(jnp.ones((), start.dtype), jnp.zeros((), bool), jnp.zeros((), bool))
+            new, stepped, info = jax.lax.cond(
+                is_start,
+                lambda: (proposal, auxiliary, no_step),
+                lambda: self._accept(accept_key, target, current, auxiliary, proposal, new_auxiliary, tuning),
+            )
             start_ok = all_finite(*proposal)
             safe = select(start_ok, proposal, placeholder)
             new, auxiliary = select(is_start, (safe, auxiliary), (new, stepped))
@@ -231,7 +236,7 @@ class AbstractMarkovKernel(AbstractInnerKernel):
             score=last.score,
             entry=entry,
             accept_prob=jnp.mean(accept_prob[1:]) if self.num_steps else jnp.ones((), last.x.dtype),
-            mean_square_score=jnp.mean(last.score**2),
+            square_score=last.score**2,
             diverging=jnp.any(diverging),
             failed=jnp.any(failed),
         )

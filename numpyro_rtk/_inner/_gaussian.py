@@ -78,7 +78,7 @@ class GaussianTransition(AbstractInnerKernel):
             score=zeros,
             entry=SegmentEntry(jnp.where(failed, zeros, data), length),
             accept_prob=jnp.ones((), x.dtype),
-            mean_square_score=jnp.zeros((), x.dtype),
+            square_score=zeros,
             diverging=failed,
             failed=failed,
         )

@@ -21,10 +21,10 @@ from numpyro_rtk._target import Evaluation, ReverseTransition
 
 
 class PreconditionedMALA(AbstractMarkovKernel):
-    r"""MALA preconditioned by the Gaussian reference `N(m, c I)` of the segment.
+    r"""MALA preconditioned by the Gaussian reference `N(m, c)` of the segment, `c` diagonal.
 
     `m = E[x_s | x_t] = (x_t + v score_t) / a` is the exact conditional mean (Tweedie's formula) and
-    `1 / c = a^2 / v + curvature`, with the mean curvature `E |score_s|^2 / dim` of `-log p_s` learnt in
+    `1 / c = a^2 / v + curvature`, with the curvature `E score_s^2` of `-log p_s` by coordinate learnt in
     warmup. Neither depends on the state of the chain. With `g` the gradient of the log ratio of target
     to reference, the proposal solves the Langevin equation with `g` frozen and its linear part exact:
     `z' = m + e (z - m) + (1 - e) c g(z) + sqrt((1 - e^2) c) xi`, `e = exp(-h)`. As `h` grows it becomes an
@@ -40,9 +40,13 @@ class PreconditionedMALA(AbstractMarkovKernel):
         num_steps: Steps per segment.
         step_size: `h`, dimensionless: a scalar, or one value per segment in the order of the grid. `None`:
             adapted in warmup, at most `max_step_size`; until then `dim^(-1/3)`.
-        energy_difference: How the accept step gets its energy difference.
+        energy_difference: How the accept step gets its energy difference. With `Trapezoid` keep moves short (see
+            `max_step_size`); with `ExactEnergy`, or `Simpson` in few dimensions, they may be as long as they like.
         start: As in `MALA`; `"gaussian"` starts from the reference itself.
-        max_step_size: Largest adapted `h`; at 4 a proposal keeps 2 % of the point it comes from.
+        max_step_size: Largest adapted `h`. Proposals are accepted nearly always, so that it is this, and not the
+            acceptance probability, that limits most segments; the longer the moves, the larger the error of an
+            estimated energy difference. At 0.5 a proposal keeps 61 % of its distance to the mean; at 4 it is an
+            independent draw.
 
     Raises:
         ValueError: for a non-positive step size or number of steps, or an unknown start.
@@ -58,7 +62,7 @@ class PreconditionedMALA(AbstractMarkovKernel):
     step_size: Any = None
     energy_difference: AbstractEnergyDifference = eqx.field(default_factory=Trapezoid)
     start: Start = eqx.field(static=True, default="gaussian")
-    max_step_size: float = eqx.field(static=True, default=4.0)
+    max_step_size: float = eqx.field(static=True, default=0.5)
     uses_score_at_start: ClassVar[bool] = True
     adapts_step_size: ClassVar[bool] = True
 
@@ -121,5 +125,5 @@ class PreconditionedMALA(AbstractMarkovKernel):
         # The reference and the quadratic parts of the proposals cancel: both are the same
         # Ornstein-Uhlenbeck step, reversible for the reference. This is what is left of the drifts.
         drifts = dot(new_g, u - kept * new_u) - dot(g, new_u - kept * u)
-        squares = 0.5 * rest * variance * dot(g - new_g, g + new_g)
+        squares = 0.5 * rest * dot(variance * (g - new_g), g + new_g)
         return difference + (drifts + squares) / (1 + kept)

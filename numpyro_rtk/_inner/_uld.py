@@ -132,7 +132,7 @@ class ULD(AbstractMarkovKernel):
         self, key: RandomKey, target: ReverseTransition, current: Evaluation, auxiliary: Any, tuning: SegmentTuning
     ) -> tuple[Event, Any]:
         h, velocity, dtype = tuning.step_size, auxiliary, current.x.dtype
-        smoothness = target.precision + tuning.curvature
+        smoothness = target.precision + jnp.mean(tuning.curvature)
         friction = 2 * jnp.sqrt(smoothness) if self.friction is None else jnp.asarray(self.friction, dtype)
         force = target.score(current.x, current.score)
         shared_key, position_key = jr.split(key)

@@ -1,6 +1,7 @@
 """Checks of what a user hands to a kernel; none needs the value of a traced array."""
 
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -73,8 +74,11 @@ def _same_process(one: AbstractNoiseSchedule, other: AbstractNoiseSchedule) -> b
         return all(np.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*pairs, strict=True))
 
 
-def resolve_segments(schedule: AbstractNoiseSchedule, segments: Any) -> np.ndarray:
-    """A checked time grid from a number of segments or a grid."""
+def resolve_segments(schedule: AbstractNoiseSchedule, segments: Any, default: int) -> np.ndarray:
+    """A checked time grid from a number of segments, a grid, or `None` for the default number."""
+    if segments is None:
+        # A discrete schedule may have fewer steps.
+        return segment_times(schedule, min(default, schedule.max_segments))
     if isinstance(segments, bool) or (np.ndim(segments) == 0 and not isinstance(segments, int | np.integer)):
         raise TypeError(f"`segments` must be a number of segments or a decreasing time grid, got {segments!r}.")
     if np.ndim(segments) == 0:
@@ -145,7 +149,7 @@ def read_init_params(init_params: Any, site: str, event_shape: tuple[int, ...] |
             f"`init_params[{site!r}]` has event shape {shape}, but the kernel was given `event_shape={event_shape}`."
             + (" Its leading axis is the chain axis." if batched else "")
         )
-    if not isinstance(value, Tracer) and not bool(jnp.all(jnp.isfinite(value))):
+    if not isinstance(value, Tracer) and not np.all(np.isfinite(np.asarray(value))):
         raise ValueError(f"`init_params[{site!r}]` contains NaN or infinity.")
     return value
 
@@ -153,8 +157,9 @@ def read_init_params(init_params: Any, site: str, event_shape: tuple[int, ...] |
 def check_score_shape(score_fn: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise unless the score of one event has its shape and dtype. Traces the score; computes nothing."""
     hint = (
-        "It is called with one event and a scalar time. If your network takes batches only, wrap it: "
-        "`BatchedNetwork(network)` (inside the adapter, if you use one)."
+        "It is called with one event, a scalar time and the further arguments of `MCMC.run`. If your network takes batches "
+        "only, wrap it: `BatchedNetwork(network)` (inside the adapter, if you use one). If it wants a condition, pass that to "
+        "`MCMC.run(rng_key, condition)`; if it has dropout, switch it to inference mode."
     )
     try:
         score = eqx.filter_eval_shape(lambda x, t: score_fn(x, t, *args, **kwargs), x, t)
@@ -173,6 +178,15 @@ def check_score_shape(score_fn: Any, x: Any, t: Any, args: tuple[Any, ...], kwar
         )
 
 
+def _user_stack_level() -> int:
+    """Stack level of the first frame outside NumPyro, JAX and this package."""
+    libraries = ("numpyro", "numpyro_rtk", "jax", "equinox", "contextlib", "functools")
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 @eqx.filter_jit
 def _scores_at(score_fn: Any, x: Any, t: Any, args: Any, kwargs: Any) -> Any:
     return jax.vmap(lambda x, t: score_fn(x, t, *args, **kwargs))(x, t)
@@ -185,12 +199,15 @@ def check_first_call(
 
     Two evaluations. At the top of the grid the law is nearly `N(0, variance I)`, whose score is
     `-x / variance`: a score of the other sign or scale (a noise prediction passed as it is, another
-    schedule) shows there.
+    schedule) shows there. Under `jit`, or `vmap` over arguments of the score, there is no value to look at.
     """
     noise = terminal_sample(jr.key(0), grid, shape, dtype)
     ends = jnp.stack([noise, noise / jnp.sqrt(terminal_variance(grid))])
     times = jnp.stack([grid.t[0], grid.s[-1]])
-    scores = np.asarray(_scores_at(score_fn, ends, times, args, kwargs))
+    scores = _scores_at(score_fn, ends, times, args, kwargs)
+    if isinstance(scores, Tracer):
+        return
+    scores = np.asarray(scores)
     for score, t in zip(scores, np.asarray(times), strict=True):
         if not np.all(np.isfinite(score)):
             bad = int(np.sum(~np.isfinite(score)))
@@ -207,5 +224,5 @@ def check_first_call(
             "velocity needs `NoisePrediction`, `DataPrediction`, `VelocityPrediction` or `FlowVelocity`), the schedule, "
             "and that the grid starts where hardly any signal is left.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=_user_stack_level(),
         )

@@ -1,22 +1,21 @@
 """`RTKKernel`: draws from a diffusion model through NumPyro's `MCMC`."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 from numpyro.infer.hmc_util import dual_averaging
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._adaptation import adapt_init, adapt_update, AdaptState, DualAveraging
+from numpyro_rtk._energy import AbstractEnergyDifference, Trapezoid
 from numpyro_rtk._hoist import hoist, HoistedArrays
-from numpyro_rtk._inner import AbstractInnerKernel, MALA, PreconditionedMALA, ULD
+from numpyro_rtk._inner import AbstractInnerKernel, MALA, PreconditionedMALA, Start, ULD
 from numpyro_rtk._numpyro import _checks
 from numpyro_rtk._reverse import (
     default_tuning,
@@ -29,7 +28,7 @@ from numpyro_rtk._reverse import (
 from numpyro_rtk._schedule import AbstractNoiseSchedule, OU
 
 
-DEFAULT_SEGMENTS = 20
+DEFAULT_SEGMENTS = 32
 
 
 class RTKState(NamedTuple):
@@ -68,8 +67,9 @@ class RTKKernel(MCMCKernel):
 
     *Warmup* learns, per segment, the mean curvature of `-log p_s` and a step size: dual averaging of the mean
     acceptance probability towards `target_accept_prob` for the MALA family, a rule based on the curvature
-    for `ULA` and `ULD`. Nothing changes after warmup. With `num_warmup=0` step sizes assume the largest curvature
-    any data can have, `1 / sigma_s^2`, which is safe and short.
+    for `ULA` and `ULD`; and, once for all segments, how the curvature is spread over coordinates. Nothing
+    changes after warmup. With `num_warmup=0` step sizes assume the largest curvature any data can have,
+    `1 / sigma_s^2`, which is safe and short.
 
     *Failures.* If the network returns something non-finite where a segment starts, the pass is discarded: the
     draw before is kept and `diverging` is set. A non-finite proposal of an adjusted kernel is
@@ -81,8 +81,10 @@ class RTKKernel(MCMCKernel):
         event_shape: Shape of one event; may be left out if `init_params` is given to `MCMC.run`.
         schedule: The noising process. `None`: the schedule of `score_fn` if it has one (the adapters do),
             else `OU()`.
-        segments: Number of segments (placed by `segment_times`), or a decreasing time grid.
-        inner: The inner kernel; `None` is `PreconditionedMALA()`.
+        segments: Number of segments (placed by `segment_times`), or a decreasing time grid. `None`: 32, or
+            every step of a discrete schedule that has fewer.
+        inner: The inner kernel; `None` is `PreconditionedMALA()`, the member of the MALA family that measured
+            best (`benchmarks/cost.py`).
         target_accept_prob: Acceptance probability that warmup aims at in every segment.
         site: Name of the sample site.
 
@@ -100,7 +102,7 @@ class RTKKernel(MCMCKernel):
         *,
         event_shape: tuple[int, ...] | None = None,
         schedule: AbstractNoiseSchedule | None = None,
-        segments: Any = DEFAULT_SEGMENTS,
+        segments: Any = None,
         inner: AbstractInnerKernel | None = None,
         target_accept_prob: float = 0.7,
         site: str = "x",
@@ -112,11 +114,17 @@ class RTKKernel(MCMCKernel):
         self._event_shape = _checks.check_event_shape(event_shape)
         schedule = _checks.resolve_schedule(score_fn, schedule)
         self._schedule = OU() if schedule is None else schedule
-        self._times = _checks.resolve_segments(self._schedule, segments)
+        self._times = _checks.resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
         self._inner = PreconditionedMALA() if inner is None else inner
         _checks.check_inner(self._inner, score_fn, self.num_segments)
         self._target_accept_prob = float(target_accept_prob)
         self._site = site
+
+    def __repr__(self) -> str:
+        return (
+            f"RTKKernel(site={self._site!r}, event_shape={self._event_shape}, schedule={self._schedule}, "
+            f"segments={self.num_segments}, inner={self._inner}, num_score_evals={self.num_score_evals})"
+        )
 
     @property
     def model(self) -> None:
@@ -205,15 +213,14 @@ class RTKKernel(MCMCKernel):
         grid = segment_grid(self._schedule, self._times, dtype)
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
         _checks.check_score_shape(self._score_fn, x, t, model_args, kwargs)
-        if not isinstance(rng_key, Tracer):
-            _checks.check_first_call(self._score_fn, grid, shape, dtype, model_args, kwargs)
-        arrays, _ = hoist(self._score_fn, x, t, model_args, kwargs)
+        _checks.check_first_call(self._score_fn, grid, shape, dtype, model_args, kwargs)
+        arrays, _ = self._hoist(x, t, model_args, kwargs)
 
         def init_chain(rng_key: Any, value: Any) -> RTKState:
             next_key, noise_key = jr.split(rng_key)
             if value is None:
                 value = terminal_sample(noise_key, grid, shape, dtype)
-            tuning = default_tuning(self._inner, grid, math.prod(shape))
+            tuning = default_tuning(self._inner, grid, shape)
             return RTKState(
                 z={self._site: value},
                 accept_prob=jnp.zeros((), dtype),
@@ -228,6 +235,13 @@ class RTKKernel(MCMCKernel):
         state = jax.vmap(init_chain)(rng_key, value) if batched else init_chain(rng_key, value)
         return state._replace(score_arrays=arrays)
 
+    def _hoist(self, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The network's arrays, marked with all that a state of this kernel depends on."""
+        found, rebuild = hoist(self._score_fn, x, t, args, kwargs, with_energy=self._inner.needs_energy)
+        # What was learnt for one inner kernel or grid means something else for another.
+        settings = f"{type(self._inner).__name__} on {self._times.tolist()}"
+        return HoistedArrays(found.arrays, f"{found.fingerprint} {settings}"), rebuild
+
     def sample(self, state: RTKState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> RTKState:
         """One reverse pass from fresh noise, for one chain or a batch of them."""
         kwargs = {} if model_kwargs is None else model_kwargs
@@ -235,12 +249,13 @@ class RTKKernel(MCMCKernel):
         value = state.z[self._site]
         shape, dtype = value.shape[1:] if batched else value.shape, value.dtype
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
-        own, rebuild = hoist(self._score_fn, x, t, model_args, kwargs)
+        own, rebuild = self._hoist(x, t, model_args, kwargs)
         arrays = state.score_arrays
         if arrays.fingerprint != own.fingerprint:
             raise ValueError(
-                "The state comes from a kernel with other network weights than this one, and draws would "
-                "mix the two. Start a new `MCMC` (or call `warmup` again) instead of re-using `post_warmup_state`."
+                "The state comes from a kernel with other network weights, another inner kernel or other segments "
+                "than this one, and draws would mix the two. Start a new `MCMC` (or call `warmup` again) instead of "
+                "re-using `post_warmup_state`."
             )
         score_fn = _Bound(rebuild(arrays.arrays), model_args, kwargs)
         grid = segment_grid(self._schedule, self._times, dtype)
@@ -310,25 +325,52 @@ def _sample_chain(
     )
 
 
-def RTKMALA(score_fn: Any, *, num_steps: int = 4, segments: Any = DEFAULT_SEGMENTS, **options: Any) -> RTKKernel:
-    """`RTKKernel` with `MALA(num_steps)` as inner kernel; `segments * (num_steps + 1)` score evaluations a draw.
+def RTKMALA(
+    score_fn: Any,
+    *,
+    num_steps: int = 4,
+    segments: Any = 40,
+    step_size: Any = None,
+    energy_difference: AbstractEnergyDifference | None = None,
+    start: Start = "gaussian",
+    **options: Any,
+) -> RTKKernel:
+    """`RTKKernel` with `MALA` as inner kernel: `segments * (num_steps + 1)` score evaluations a draw.
 
     Args:
         score_fn: As in `RTKKernel`.
         num_steps: MALA steps per segment.
         segments: As in `RTKKernel`.
+        step_size: As in `MALA`.
+        energy_difference: As in `MALA`; `None` is `Trapezoid()`.
+        start: As in `MALA`.
         **options: The other arguments of `RTKKernel`.
     """
-    return RTKKernel(score_fn, inner=MALA(num_steps=num_steps), segments=segments, **options)
+    rule = Trapezoid() if energy_difference is None else energy_difference
+    inner = MALA(num_steps=num_steps, step_size=step_size, energy_difference=rule, start=start)
+    return RTKKernel(score_fn, inner=inner, segments=segments, **options)
 
 
-def RTKULD(score_fn: Any, *, num_steps: int = 8, segments: Any = DEFAULT_SEGMENTS, **options: Any) -> RTKKernel:
-    """`RTKKernel` with `ULD(num_steps)` as inner kernel; `segments * (num_steps + 1)` score evaluations a draw.
+def RTKULD(
+    score_fn: Any,
+    *,
+    num_steps: int = 8,
+    segments: Any = 20,
+    step_size: Any = None,
+    friction: Any = None,
+    start: Start = "gaussian",
+    **options: Any,
+) -> RTKKernel:
+    """`RTKKernel` with `ULD` as inner kernel: `segments * (num_steps + 1)` score evaluations a draw.
 
     Args:
         score_fn: As in `RTKKernel`.
         num_steps: Underdamped Langevin steps per segment.
         segments: As in `RTKKernel`.
+        step_size: As in `ULD`.
+        friction: As in `ULD`.
+        start: As in `ULD`.
         **options: The other arguments of `RTKKernel`.
     """
-    return RTKKernel(score_fn, inner=ULD(num_steps=num_steps), segments=segments, **options)
+    inner = ULD(num_steps=num_steps, step_size=step_size, friction=friction, start=start)
+    return RTKKernel(score_fn, inner=inner, segments=segments, **options)
