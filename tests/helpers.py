@@ -1,0 +1,65 @@
+"""What several test modules share."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_rtk import Cosine, DiscreteVP, EDM, FlowMatching, OU, VE, VP
+from numpyro_rtk._target import ReverseTransition
+
+
+DDPM_ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+SCHEDULES = {
+    "OU": OU(),
+    "VP": VP(),
+    "VP-constant": VP(1.0, 1.0, t_max=10.0),
+    "Cosine": Cosine(),
+    "Cosine-no-offset": Cosine(offset=0.0),
+    "VE": VE(),
+    "EDM": EDM(),
+    "FlowMatching": FlowMatching(),
+    "DiscreteVP": DiscreteVP(DDPM_ALPHAS_CUMPROD),
+}
+
+
+class Counter:
+    """Wraps a score callable (or an energy) and counts its evaluations at run time and its traces.
+
+    Under `vmap` every event counts, so that `n` chains count `n` times one chain.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.num_traces = 0
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, x, t):
+        self.num_traces += 1
+        # An ordinary debug callback is unrolled over a mapped axis; it must depend on the event to be mapped.
+        jax.debug.callback(self._add, x)
+        return self.function(x, t)
+
+    def _add(self, x):
+        del x
+        with self._lock:
+            self._count += 1
+
+    @property
+    def count(self):
+        jax.effects_barrier()
+        return self._count
+
+
+def make_target(score_fn, schedule, s, t, x_t, score_t=None):
+    """The segment from `t` down to `s`, as the reverse driver would build it, in the dtype of `x_t`."""
+    with jax.enable_x64(True):
+        times = jnp.asarray(s, jnp.float64), jnp.asarray(t, jnp.float64)
+        a, v = schedule.transition(*times)
+        values = [np.asarray(value) for value in (*times, a, v, schedule.sigma(times[0]), schedule.alpha(times[1]))]
+    s, t, a, v, sigma_s, alpha_t = (jnp.asarray(value, x_t.dtype) for value in values)
+    score_t = score_fn(x_t, t) if score_t is None else score_t
+    return ReverseTransition(score_fn=score_fn, x_t=x_t, score_t=score_t, s=s, t=t, a=a, v=v, sigma_s=sigma_s, alpha_t=alpha_t)
