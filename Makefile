@@ -24,10 +24,10 @@ demo: $(VENV)/installed
 	@echo "Figures and NetCDF files are in demo-output/"
 
 test: $(VENV)/developing
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/developing
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def _directions(dim, num_directions):
     return directions / np.linalg.norm(directions, axis=0)
 
 
-def sliced_w2(x, y, num_directions=256):
+def sliced_w2(x, y, num_directions=128):
     """Sliced 2-Wasserstein distance of two samples of the same size, shape `(n, dim)`."""
     directions = _directions(np.shape(x)[1], num_directions)
     projected = [np.sort(np.asarray(sample, np.float64) @ directions, axis=0) for sample in (x, y)]
@@ -42,7 +42,7 @@ class RingReference:
     The distance of two exact samples varies by a third from pair to pair: the floor is the mean of many pairs.
     """
 
-    def __init__(self, num_draws, num_replicates, num_floor_pairs=30, seed=1):
+    def __init__(self, num_draws, num_replicates, num_floor_pairs=20, seed=1):
         score = ring_mixture(rtk.OU())
         draws = [np.asarray(score.sample(key, num_draws)) for key in jr.split(jr.key(seed), num_replicates)]
         self.references = draws

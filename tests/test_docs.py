@@ -54,7 +54,11 @@ def quick_compilation():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=name_of)
+def _quick_if_readme(page):
+    return page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [_quick_if_readme(page) for page in PAGES_WITH_CODE], ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.chdir(tmp_path)

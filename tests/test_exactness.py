@@ -174,8 +174,15 @@ def _step_size(kernel, problem, label):
     return scale * STEP_SIZE[type(kernel).__name__, problem]
 
 
+QUICK = ("MALA exact", "MALA trapezoid", "PreconditionedMALA exact", "PreconditionedMALA trapezoid")
+
+
+def slow_unless(quick, values):
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("label", EXACT)
+@pytest.mark.parametrize("label", slow_unless(QUICK, EXACT))
 def test_exact_draws_stay_exact(label, problem):
     p, accept_prob = p_values(EXACT[label], problem, _step_size(EXACT[label], problem, label))
     assert p.min() > P_MIN, p
@@ -230,7 +237,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", slow_unless(("accept step removed", "ratio inverted"), CHANGES))
 @pytest.mark.parametrize("label", ["MALA exact", "PreconditionedMALA exact"])
 def test_broken_kernels_are_caught(label, change):
     kernel = EXACT[label]

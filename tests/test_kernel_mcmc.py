@@ -328,7 +328,7 @@ def test_float32_in_x64_mode():
         assert field(mcmc, "adapt_state.step_size").dtype == np.float32
 
 
-@pytest.mark.parametrize("name", INNER_KERNELS)
+@pytest.mark.parametrize("name", SOME_INNER_KERNELS)
 def test_debug_nans(name):
     kernel = make_kernel(inner=INNER_KERNELS[name])
     with jax.debug_nans(True):
