@@ -45,13 +45,13 @@ def deterministic_solver(score, schedule, times, order, key, num_draws):
 
 def samplers(evaluations):
     """Label to (inner kernel, number of segments) at about `evaluations` score evaluations."""
-    mala_steps, preconditioned_steps = 4, 2
-    return {
-        f"RTK-MALA, {mala_steps} steps": (rtk.MALA(mala_steps), evaluations // (mala_steps + 1)),
-        f"PreconditionedMALA, {preconditioned_steps} steps": (
-            rtk.PreconditionedMALA(preconditioned_steps),
-            evaluations // (preconditioned_steps + 1),
-        ),
+    inners = {
+        "RTK-MALA, 4 steps": rtk.MALA(4),
+        "RTK-MALA, 2 steps, Simpson": rtk.MALA(2, energy_difference=rtk.Simpson()),
+        "PreconditionedMALA, 2 steps": rtk.PreconditionedMALA(2),
+        "same, Simpson, long moves": rtk.PreconditionedMALA(2, energy_difference=rtk.Simpson(), max_step_size=4.0),
+    }
+    return {label: (inner, evaluations // inner.evaluations_per_segment) for label, inner in inners.items()} | {
         "GaussianTransition(order=2)": (rtk.GaussianTransition(order=2), evaluations),
         "DDPM": (rtk.GaussianTransition(), evaluations),
     }

@@ -18,6 +18,13 @@ def kernels():
         "RTKMALA": rtk.RTKMALA(network, **options),
         "RTKULD": rtk.RTKULD(network, **options),
         "RTKKernel": rtk.RTKKernel(network, **options),
+        # Midpoints of long moves have less noise than the network was trained on; see docs/choosing.md.
+        "Simpson, long moves": rtk.RTKKernel(
+            network,
+            inner=rtk.PreconditionedMALA(2, energy_difference=rtk.Simpson(), max_step_size=4.0),
+            segments=20,
+            **options,
+        ),
     }
 
 

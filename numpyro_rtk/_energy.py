@@ -8,6 +8,7 @@ because a wrong sign in one direction of a Metropolis ratio would break detailed
 
 import abc
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -64,7 +65,7 @@ class Trapezoid(AbstractEnergyDifference):
     close modes, the error biases the law: use `Simpson` there.
     """
 
-    needs_energy = False
+    needs_energy: ClassVar[bool] = False
     num_extra_evaluations: int = eqx.field(static=True, init=False, default=0)
 
     def __call__(self, score_fn, x, y, score_x, score_y, energy_x, energy_y):
@@ -78,7 +79,7 @@ class Simpson(AbstractEnergyDifference):
     Exact for a quartic log density along the line.
     """
 
-    needs_energy = False
+    needs_energy: ClassVar[bool] = False
     num_extra_evaluations: int = eqx.field(static=True, init=False, default=1)
 
     def __call__(self, score_fn, x, y, score_x, score_y, energy_x, energy_y):
@@ -98,7 +99,7 @@ class GaussLegendre(AbstractEnergyDifference):
     """
 
     num_nodes: int = eqx.field(static=True)
-    needs_energy = False
+    needs_energy: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
         if not isinstance(self.num_nodes, int) or isinstance(self.num_nodes, bool) or self.num_nodes < 1:
@@ -135,7 +136,7 @@ class ExactEnergy(AbstractEnergyDifference):
     energy comes with the score.
     """
 
-    needs_energy = True
+    needs_energy: ClassVar[bool] = True
     num_extra_evaluations: int = eqx.field(static=True, init=False, default=0)
 
     def __call__(self, score_fn, x, y, score_x, score_y, energy_x, energy_y):

@@ -29,7 +29,10 @@ def temporary_bytes(num_segments, inner, keep_path):
     return compiled.temp_size_in_bytes + compiled.output_size_in_bytes
 
 
-@pytest.mark.parametrize("inner", [rtk.MALA(3), rtk.PreconditionedMALA(2), rtk.ULD(3), rtk.GaussianTransition(2)], ids=str)
+OTHERS = [pytest.param(inner, marks=pytest.mark.slow) for inner in (rtk.MALA(3), rtk.ULD(3), rtk.GaussianTransition(2))]
+
+
+@pytest.mark.parametrize("inner", [rtk.PreconditionedMALA(2), *OTHERS], ids=str)
 def test_memory_does_not_grow_with_the_number_of_segments(inner):
     event_bytes = 4 * np.prod(EVENT)
     few, many = (temporary_bytes(k, inner, keep_path=False) for k in (4, 64))
