@@ -65,17 +65,16 @@ def noise_levels(kernel):
 
 def plot_galaxies(runs, path):
     columns = 8
-    figure, axes = plt.subplots(2 * len(runs), columns, figsize=(columns * 1.2, 2 * len(runs) * 1.28))
-    for row, (name, (_, mcmc)) in enumerate(runs.items()):
-        # The last draw of the chains first: as different as draws can be.
+    figure = plt.figure(figsize=(columns * 1.2, 2.9 * len(runs)), layout="constrained")
+    for part, (name, (_, mcmc)) in zip(np.atleast_1d(figure.subfigures(len(runs), 1)), runs.items(), strict=True):
+        part.suptitle(name)
+        axes = part.subplots(2, columns).ravel()
         images = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])[:, :, 0]
-        images = images.swapaxes(0, 1).reshape(-1, 32, 32)[: 2 * columns]
-        for axis in axes[2 * row : 2 * row + 2].ravel():
+        images = images.swapaxes(0, 1).reshape(-1, 32, 32)[: axes.size]
+        for axis in axes:
             axis.set_axis_off()
-        for image, axis in zip(images, axes[2 * row : 2 * row + 2].ravel(), strict=False):
+        for image, axis in zip(images, axes, strict=False):
             axis.imshow(image, cmap="magma", vmin=-0.3, vmax=5)
-        axes[2 * row, 0].set_title(name, loc="left", fontsize=9)
-    figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -96,7 +95,6 @@ def plot_segments(runs, path):
         axes[0, column].set_ylim(0, 1.02)
         axes[1, column].loglog(noise, step_size.T, "o-", markersize=3)
         axes[1, column].set_xlabel("noise sd / signal at the end of the segment")
-        axes[1, column].invert_xaxis()
     axes[0, 0].set_ylabel("acceptance probability")
     axes[1, 0].set_ylabel("step size")
     figure.tight_layout()
