@@ -64,7 +64,11 @@ def test_ddpm_has_its_own_bias_on_white_data():
 
 
 def test_terminal_sample_has_the_stated_variance():
-    for schedule, variance in ((rtk.OU(), 1.0), (rtk.VE(sigma_min=0.1, sigma_max=3.0), 10.0), (rtk.FlowMatching(t_max=0.999), 0.998002)):
+    for schedule, variance in (
+        (rtk.OU(), 1.0),
+        (rtk.VE(sigma_min=0.1, sigma_max=3.0), 10.0),
+        (rtk.FlowMatching(t_max=0.999), 0.998002),
+    ):
         grid = segment_grid(schedule, rtk.segment_times(schedule, 3), jnp.float32)
         x = terminal_sample(jr.key(0), grid, (200_000,), jnp.float32)
         assert abs(float(jnp.var(x)) / variance - 1) < 4.5 * np.sqrt(2 / x.size)
