@@ -23,7 +23,8 @@ def main():
     keys = jr.split(jr.key(0), options.num_chains)
     x = jr.normal(jr.key(1), (options.num_chains, 1, 32, 32))
     bare = timed(jax.jit(lambda x, t: jax.vmap(network, (0, None))(x, t)), x, jnp.asarray(1.0), repeats=20)
-    print(f"network alone, batch of {options.num_chains}: {1e3 * bare:.2f} ms")
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(network) if isinstance(leaf, jax.Array))
+    print(f"network of {num_parameters:,} parameters alone, batch of {options.num_chains}: {1e3 * bare:.2f} ms")
     inners = {
         "MALA": rtk.MALA(4),
         "MALA, Simpson": rtk.MALA(4, energy_difference=rtk.Simpson()),
