@@ -13,6 +13,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._adaptation import adapt_init, adapt_update, AdaptState, DualAveraging
+from numpyro_rtk._checks import DEFAULT_SEGMENTS
 from numpyro_rtk._energy import AbstractEnergyDifference, Trapezoid
 from numpyro_rtk._hoist import hoist, HoistedArrays
 from numpyro_rtk._inner import AbstractInnerKernel, MALA, PreconditionedMALA, Start, ULD
@@ -26,9 +27,6 @@ from numpyro_rtk._reverse import (
     terminal_sample,
 )
 from numpyro_rtk._schedule import AbstractNoiseSchedule, OU
-
-
-DEFAULT_SEGMENTS = 32
 
 
 class RTKState(NamedTuple):
