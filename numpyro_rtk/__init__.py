@@ -1,5 +1,11 @@
 """Reverse-transition-kernel diffusion sampling as NumPyro MCMC kernels."""
 
+from numpyro_rtk._density import (
+    AbstractLogDensity as AbstractLogDensity,
+    EnergyDensity as EnergyDensity,
+    LineIntegral as LineIntegral,
+    ProbabilityFlow as ProbabilityFlow,
+)
 from numpyro_rtk._energy import (
     AbstractEnergyDifference as AbstractEnergyDifference,
     ExactEnergy as ExactEnergy,
@@ -20,6 +26,7 @@ from numpyro_rtk._numpyro import (
     RTKMALA as RTKMALA,
     RTKULD as RTKULD,
 )
+from numpyro_rtk._prior import DiffusionPrior as DiffusionPrior
 from numpyro_rtk._schedule import (
     AbstractNoiseSchedule as AbstractNoiseSchedule,
     Cosine as Cosine,
