@@ -21,10 +21,18 @@ from numpyro_rtk._inner import (
     ULA as ULA,
     ULD as ULD,
 )
+from numpyro_rtk._local import (
+    AbstractLocalMove as AbstractLocalMove,
+    LocalHMC as LocalHMC,
+    LocalMALA as LocalMALA,
+)
 from numpyro_rtk._numpyro import (
+    RTKGibbs as RTKGibbs,
     RTKKernel as RTKKernel,
     RTKMALA as RTKMALA,
+    RTKParticleGibbs as RTKParticleGibbs,
     RTKULD as RTKULD,
+    ScoreHMC as ScoreHMC,
 )
 from numpyro_rtk._prior import DiffusionPrior as DiffusionPrior
 from numpyro_rtk._schedule import (
@@ -47,4 +55,9 @@ from numpyro_rtk._score import (
     GaussianMixtureScore as GaussianMixtureScore,
     NoisePrediction as NoisePrediction,
     VelocityPrediction as VelocityPrediction,
+)
+from numpyro_rtk._twist import (
+    AbstractTwist as AbstractTwist,
+    GaussianTwist as GaussianTwist,
+    TemperedTwist as TemperedTwist,
 )

@@ -45,7 +45,7 @@ class Pilot(NamedTuple):
     """What prior draws, noised and denoised, teach about the levels; every field has a leading axis of levels."""
 
     residuals: Array
-    """Shape `(levels, draws, *event)`: `x_0 - E[x_0 | x_t]` of draws from the prior (`x_0` is the draw at `t_min`); 0 at the last level."""
+    """Shape `(levels, draws, *event)`: `x_0 - E[x_0 | x_t]` of draws from the prior at `t_min`; 0 at the last level."""
     mean_square: Array
     """Shape `(levels, *event)`: their mean square by coordinate, slightly shrunk towards the mean over coordinates."""
     curvature: Array

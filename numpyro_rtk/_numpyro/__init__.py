@@ -1,8 +1,17 @@
 """The NumPyro side: the only place that imports `numpyro.infer`."""
 
+from numpyro_rtk._numpyro._gibbs import RTKGibbs as RTKGibbs
+from numpyro_rtk._numpyro._particle_gibbs import (
+    ParticleGibbsState as ParticleGibbsState,
+    RTKParticleGibbs as RTKParticleGibbs,
+)
 from numpyro_rtk._numpyro._rtk_kernel import (
     RTKKernel as RTKKernel,
     RTKMALA as RTKMALA,
     RTKState as RTKState,
     RTKULD as RTKULD,
+)
+from numpyro_rtk._numpyro._score_hmc import (
+    ScoreHMC as ScoreHMC,
+    ScoreHMCState as ScoreHMCState,
 )

@@ -1,0 +1,130 @@
+"""`RTKGibbs`: particle Gibbs for the diffusion sites of a model, another kernel for everything else."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from numpyro.infer.gibbs import Gibbs, GibbsState
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import is_prng_key
+
+from numpyro_rtk._numpyro._model import diffusion_site_names, without_diffusion
+from numpyro_rtk._numpyro._particle_gibbs import ParticleGibbsState, RTKParticleGibbs
+
+
+class RTKGibbs(Gibbs):
+    r"""All latents of a model: diffusion sites by `RTKParticleGibbs`, the others by `inner_kernel`, in turn.
+
+    `RTKGibbs(NUTS(model))` is used as NumPyro's `HMCGibbs(NUTS(model), ...)` is. It is a NumPyro `Gibbs` of two blocks,
+    whose inner kernel sees the model without the densities of the diffusion sites: they do not depend on its
+    sites, so that a leapfrog step costs no score evaluation.
+
+    *Law.* Leaves the joint posterior invariant up to what `RTKParticleGibbs` says of its block. Where a diffusion site and
+    another latent are strongly correlated, Gibbs moves slowly (R-hat and effective sample sizes say so); then use `ScoreHMC`.
+
+    *Cost.* `num_score_evals` of the particle Gibbs block, in `extra_fields` as `"block_states.0.num_score_evals"`; none by the
+    inner kernel. The state's `diverging` and other statistics are `"block_states.0.<field>"` for particle Gibbs and
+    `"block_states.1.<field>"` for the inner kernel.
+
+    Args:
+        inner_kernel: A kernel built on the model: `NUTS(model)`, `HMC(model)`, `DiscreteGibbs(model)`, a NumPyro `Gibbs` of
+            several, any that implements `refresh` and `wrap_model`.
+        **options: Arguments of `RTKParticleGibbs`.
+
+    Raises:
+        TypeError, ValueError: for an inner kernel without a model, and as `RTKParticleGibbs` and NumPyro's `Gibbs` do.
+    """
+
+    def __init__(self, inner_kernel: MCMCKernel, **options: Any) -> None:
+        if not isinstance(inner_kernel, MCMCKernel):
+            hint = " Write `RTKGibbs(NUTS(model))`." if callable(inner_kernel) else ""
+            raise TypeError(
+                f"`inner_kernel` must be a NumPyro kernel such as `NUTS(model)`, got {type(inner_kernel).__name__}.{hint}"
+            )
+        model = getattr(inner_kernel, "model", None)
+        if model is None:
+            raise TypeError(
+                f"`inner_kernel` must be built on a model, as `NUTS(model)` is; this {type(inner_kernel).__name__} has none (a "
+                "potential function says nothing of diffusion sites)."
+            )
+        if isinstance(inner_kernel, RTKParticleGibbs):
+            raise TypeError(
+                "`inner_kernel` samples the other latents, and `RTKParticleGibbs` samples diffusion sites: pass its options "
+                "to `RTKGibbs` itself, as in `RTKGibbs(NUTS(model), num_particles=8)`. Without other latents use `RTKParticleGibbs(model)` alone."
+            )
+        self._user_model = model
+        free = inner_kernel.wrap_model(without_diffusion)
+        particle_gibbs = RTKParticleGibbs(model, **options).wrap_model(lambda _: free.model)
+        super().__init__([(particle_gibbs, diffusion_site_names), (free, None)])
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model as it was given, with its diffusion priors."""
+        return self._user_model
+
+    def __repr__(self) -> str:
+        (particle_gibbs, _), (inner, _) = self.blocks
+        return f"RTKGibbs({type(inner).__name__}, {particle_gibbs!r})"
+
+    def init(
+        self,
+        rng_key: Any,
+        num_warmup: int,
+        init_params: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> GibbsState:
+        """Initial state of one chain, or of a batch of vectorized chains.
+
+        Args:
+            rng_key: One key, or one per vectorized chain.
+            num_warmup: Length of the warmup.
+            init_params: `None`, or `{site: value}` with a chain axis if keys are batched: constrained values of diffusion sites,
+                unconstrained ones of sites of an HMC inner kernel.
+            model_args: Arguments of the model.
+            model_kwargs: Keyword arguments of the model.
+        """
+        if is_prng_key(rng_key):
+            return self._init_chain(rng_key, num_warmup, init_params, model_args, model_kwargs)
+        axes = _chain_axes()
+
+        def one(key: Any, params: Any) -> GibbsState:
+            return self._init_chain(key, num_warmup, params, model_args, model_kwargs)
+
+        return jax.vmap(one, out_axes=axes)(rng_key, init_params)
+
+    def _init_chain(self, rng_key: Any, num_warmup: int, init_params: Any, args: Any, kwargs: Any) -> GibbsState:
+        state = super().init(rng_key, num_warmup, init_params, args, kwargs)
+        given = {name: value for name, value in (init_params or {}).items() if name in self._sites[0]}
+        if not given:
+            return state
+        # Particle Gibbs as a block starts from its own sweep; a start that the user gave comes before it.
+        block = state.block_states[0]._replace(z=state.block_states[0].z | given)
+        return state._replace(z=state.z | given, block_states=(block, *state.block_states[1:]))
+
+    def sample(self, state: GibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> GibbsState:
+        """One sweep over both blocks, for one chain or a batch of them."""
+        if is_prng_key(state.rng_key):
+            return super().sample(state, model_args, model_kwargs)
+        axes = _chain_axes()
+
+        def one(state: GibbsState) -> GibbsState:
+            return super(RTKGibbs, self).sample(state, model_args, model_kwargs)
+
+        return jax.vmap(one, in_axes=(axes,), out_axes=axes)(state)
+
+    def wrap_model(self, wrapper: Callable[..., Any]) -> "RTKGibbs":
+        """A copy whose model is `wrapper(model)`."""
+        kernel = super().wrap_model(wrapper)
+        assert isinstance(kernel, RTKGibbs)
+        kernel = copy.copy(kernel)
+        kernel._user_model = wrapper(self._user_model)
+        return kernel
+
+
+def _chain_axes() -> GibbsState:
+    """Axes of the chains in a state: everywhere but in what particle Gibbs shares between chains."""
+    fields: dict[str, Any] = dict.fromkeys(ParticleGibbsState._fields, 0)
+    block = ParticleGibbsState(**(fields | {"shared": None}))
+    return GibbsState(z=0, block_states=(block, 0), rng_key=0)  # pyright: ignore

@@ -1,0 +1,763 @@
+"""`RTKParticleGibbs`: exact posterior draws of the diffusion sites of a model."""
+
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
+from numpyro import handlers
+from numpyro.infer.gibbs import conditioned, GIBBS_SITES_KWARG
+from numpyro.infer.hmc_util import dual_averaging
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import identity, is_prng_key
+
+from numpyro_rtk._checks import check_first_call, check_inner, check_score_shape, resolve_segments
+from numpyro_rtk._hoist import hoist, HoistedArrays
+from numpyro_rtk._inner import AbstractInnerKernel, PreconditionedMALA
+from numpyro_rtk._levels import noise_levels, Pilot, prior_draws, run_pilot
+from numpyro_rtk._local import AbstractLocalMove, LocalHMC
+from numpyro_rtk._numpyro._checks import check_target_accept_prob
+from numpyro_rtk._numpyro._model import (
+    DiffusionSite,
+    inspect_model,
+    latent_diffusion_sites,
+    Likelihood,
+    ModelSites,
+    without_diffusion,
+)
+from numpyro_rtk._particle_gibbs import (
+    conditional_sweep,
+    max_step_size,
+    sweep_evaluations,
+    SweepInfo,
+    SweepTuning,
+    unconditional_sweep,
+)
+from numpyro_rtk._posterior import Posterior, SiteLaw
+from numpyro_rtk._reverse import rule_step_size, segment_grid
+from numpyro_rtk._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS
+
+
+DEFAULT_LEVEL_SEGMENTS = 24
+DEPTH_FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
+"""Depths of the refreshes that warmup chooses among, as fractions of the levels."""
+
+START_GUIDED_STEPS = 8
+"""Guided MALA steps per level of the sweeps that find a start."""
+
+MIN_STEP_SIZE, MAX_LOCAL_STEP_SIZE = 1e-6, 1.5
+COLLAPSED = 2.0
+"""An effective sample size below this is a collapse."""
+
+
+class Shared(NamedTuple):
+    """What all chains share; without a chain axis where chains are vectorized."""
+
+    score_arrays: HoistedArrays
+    """The networks' arrays, kept here so that they are arguments of the compiled program."""
+    pilots: tuple[Pilot, ...]
+    """What prior draws taught about each site's levels."""
+    reference: Float[Array, " dim"]
+    """Mean of the prior draws, where twists are linearised."""
+    iteration: Array
+    """Iterations so far, warmup included."""
+
+
+class ParticleGibbsAdaptState(NamedTuple):
+    """What warmup learns; frozen afterwards."""
+
+    step_size: Float[Array, "segments sites"]
+    """Step sizes of the inner kernel."""
+    guided_step_size: Float[Array, " segments"]
+    """Step sizes of the guided moves, at the start of each segment."""
+    local_step_size: Float[Array, ""]
+    """Step size of the local move."""
+    log_beta: Float[Array, " levels"]
+    """Log powers of what the twist tempers."""
+    depth_prob: Float[Array, " depths"]
+    """Probabilities of the refresh depths."""
+    depth_jump: Float[Array, " depths"]
+    """Mean squared jump of the sweeps of each depth, in units of the prior's variance."""
+    depth_count: Float[Array, " depths"]
+    """Sweeps of each depth so far."""
+    num_collapsed: Float[Array, " levels"]
+    """Sweeps in which the effective sample size of a level was below 2."""
+    num_visits: Float[Array, " levels"]
+    """Sweeps that visited a level."""
+    averaging: Any
+    """States of the dual averaging of the log step sizes."""
+    num_warmup: Array
+    """Length of the warmup."""
+
+
+class ParticleGibbsState(NamedTuple):
+    """State of `RTKParticleGibbs`; with vectorized chains every field but `shared` has a chain axis.
+
+    Levels and segments run from noise to data. A partial refresh leaves noisier levels out: they are NaN.
+    """
+
+    z: dict[str, Array]
+    """The draw, `{site: value}`."""
+    accept_prob: Float[Array, ""]
+    """Mean acceptance probability of the inner kernel over the visited segments."""
+    segment_accept_prob: Float[Array, " segments"]
+    """The same by segment."""
+    guided_accept_prob: Float[Array, " segments"]
+    """Mean acceptance probability of the guided moves at the start of each segment."""
+    local_accept_prob: Float[Array, ""]
+    """Mean acceptance probability of the local moves."""
+    effective_sample_size: Float[Array, " levels"]
+    """Of the particles' weights at each level, from 1 to `num_particles`."""
+    changed: Bool[Array, ""]
+    """Whether the sweep left the pinned path."""
+    depth: Array
+    """Levels refreshed, 1 to the number of levels (a full sweep)."""
+    log_evidence: Float[Array, ""]
+    """Estimate of the log evidence from the unconditional sweep at the start; constant over the run."""
+    diverging: Bool[Array, ""]
+    """Whether something non-finite was met."""
+    num_score_evals: Array
+    """Score evaluations of the iteration, over all events of all sites."""
+    adapt_state: ParticleGibbsAdaptState
+    """What warmup learns."""
+    shared: Shared
+    """What all chains share."""
+    rng_key: Any
+    """Random key of the next iteration."""
+
+
+class RTKParticleGibbs(MCMCKernel):
+    r"""Posterior draws of all `DiffusionPrior` sites of a model, given everything else in it.
+
+    An iteration is one conditional SMC sweep over the noise levels (particle Gibbs), full or from a random level down,
+    then local gradient moves at `t_min`. The current draw is noised up to a level, and `num_particles` particles, one of
+    them pinned to that path, come down by reverse transitions, weighted by the twist, resampled, and moved by guided MALA.
+
+    *Law.* Leaves the posterior `p_{t_min}(x) L(x)` invariant for any twist and any `num_particles >= 2`, up to the error of the
+    inner kernel (geometrically small in `num_steps`) and of energy differences estimated from scores (see
+    `PreconditionedMALA`, `LocalHMC`). `p_{t_min}` is the law of the data noised to `t_min`.
+
+    *Cost.* `num_score_evals` in the state. A full sweep with `K` segments, `P` particles, `G` guided steps and an inner kernel
+    of `S` steps costs, per event of every site, `K (G + 1 + (P - 1)(S + 1 + G)) + P` and the local moves, vectorised over
+    particles (one more per transition where the score has an energy). `init` draws `num_pilot_draws` from the prior (40
+    evaluations each and one per level) and runs two unconditional sweeps with 8 guided steps.
+
+    *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of tempered twists,
+    the second gives the start and an estimate of the log evidence. `init_params` replaces the start.
+
+    *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, and how often to refresh to which depth
+    (by the squared jump per evaluation). Nothing changes afterwards. If the effective sample size of a level is below 2 in
+    most sweeps, a warning names it when warmup ends.
+
+    Args:
+        model: A NumPyro model whose only unobserved sites, apart from those a composite conditions on, are `DiffusionPrior`
+            sites: several sites, plates and batch shapes are fine, `scan`, `mask` and `scale` on them are not.
+        num_particles: At least 2, the pinned one included.
+        segments: Number of segments between noise levels, for every site on its own schedule, or one time grid for all.
+        inner: Inner kernel of the reverse transitions; `None` is `PreconditionedMALA()`.
+        twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers anything else.
+        num_guided_steps: Guided MALA steps per level and particle; 0 for none.
+        local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves.
+        target_accept_prob: Acceptance probability that warmup aims at in all moves.
+        num_pilot_draws: Prior draws that measure the denoising error of each level.
+
+    Raises:
+        TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before anything is compiled.
+
+    References:
+        Andrieu, Doucet and Holenstein (2010); Wu et al. (2023), arXiv 2306.17775; Corenflos et al. (2024), arXiv 2405.13794.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_particles: int = 16,
+        segments: Any = None,
+        inner: AbstractInnerKernel | None = None,
+        twist: AbstractTwist | None = None,
+        num_guided_steps: int = 1,
+        local: AbstractLocalMove | None = LocalHMC(),  # noqa: B008 - a frozen value
+        target_accept_prob: float = 0.7,
+        num_pilot_draws: int = 128,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"`model` must be a NumPyro model (a callable), got {type(model).__name__}.")
+        _check_count("num_particles", num_particles, 2, "one of them is pinned to the current draw")
+        _check_count("num_guided_steps", num_guided_steps, 0, "0 is none")
+        _check_count("num_pilot_draws", num_pilot_draws, 8, "they measure the denoising error of each level")
+        check_target_accept_prob(target_accept_prob)
+        if inner is not None and not isinstance(inner, AbstractInnerKernel):
+            hint = f" Did you mean `{inner.__name__}()`?" if isinstance(inner, type) else ""
+            raise TypeError(f"`inner` must be an inner kernel such as `PreconditionedMALA()`, got {inner!r}.{hint}")
+        if twist is not None and not isinstance(twist, AbstractTwist):
+            hint = f" Did you mean `{twist.__name__}()`?" if isinstance(twist, type) else ""
+            raise TypeError(f"`twist` must be `GaussianTwist()`, `TemperedTwist()` or `None`, got {twist!r}.{hint}")
+        if local is not None and not isinstance(local, AbstractLocalMove):
+            hint = f" Did you mean `{local.__name__}()`?" if isinstance(local, type) else ""
+            raise TypeError(f"`local` must be `LocalHMC(...)`, `LocalMALA(...)` or `None`, got {local!r}.{hint}")
+        self._model = model
+        self._num_particles = int(num_particles)
+        self._segments = segments
+        self._inner = PreconditionedMALA() if inner is None else inner
+        self._twist = twist
+        self._num_guided_steps = int(num_guided_steps)
+        self._local = local
+        self._target_accept_prob = float(target_accept_prob)
+        self._num_pilot_draws = int(num_pilot_draws)
+
+    def __repr__(self) -> str:
+        return (
+            f"RTKParticleGibbs(num_particles={self._num_particles}, segments={self._segments}, inner={self._inner}, "
+            f"twist={self._twist}, num_guided_steps={self._num_guided_steps}, local={self._local})"
+        )
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model."""
+        return self._model
+
+    @property
+    def sample_field(self) -> str:
+        """`"z"`."""
+        return "z"
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """The draws, and whether something non-finite was met."""
+        return ("z", "diverging")
+
+    def get_diagnostics_str(self, state: ParticleGibbsState) -> str:
+        """Acceptances, the lowest effective sample size and the cost, for the progress bar."""
+        ess = np.asarray(state.effective_sample_size)
+        ess = ess[np.isfinite(ess)]
+        lowest = f", lowest ESS {ess.min():.1f}/{self._num_particles}" if ess.size else ""
+        failed = ", diverging" if bool(state.diverging) else ""
+        return (
+            f"{int(state.num_score_evals)} score evals, acc. prob={float(state.accept_prob):.2f}, "
+            f"local {float(state.local_accept_prob):.2f}{lowest}{failed}"
+        )
+
+    # The model.
+
+    def _times(self, site: DiffusionSite) -> np.ndarray:
+        return resolve_segments(site.prior.schedule, self._segments, DEFAULT_LEVEL_SEGMENTS)
+
+    def _hoist(self, sites: tuple[DiffusionSite, ...], dtype: Any) -> Any:
+        """The networks' arrays of all sites, and functions that rebuild the scores from them."""
+        found = []
+        for site in sites:
+            x, t = jax.ShapeDtypeStruct(site.prior.event_shape, dtype), jax.ShapeDtypeStruct((), dtype)
+            found.append(hoist(site.prior.score_fn, x, t, (), {}, with_energy=True))
+        settings = [
+            f"{site.name} {one[0].fingerprint} {self._times(site).tolist()}" for site, one in zip(sites, found, strict=True)
+        ]
+        fingerprint = f"{settings} {type(self._inner).__name__} {self._num_particles}"
+        arrays = HoistedArrays([one[0].arrays for one in found], fingerprint)
+        return arrays, lambda arrays: [one[1](part) for one, part in zip(found, arrays, strict=True)]
+
+    def _laws(self, sites: tuple[DiffusionSite, ...], scores: list[Any], pilots: Any, dtype: Any) -> tuple[SiteLaw, ...]:
+        laws = []
+        for site, score_fn, pilot in zip(sites, scores, pilots, strict=True):
+            times = self._times(site)
+            schedule = site.prior.schedule
+            laws.append(
+                SiteLaw(
+                    score_fn=score_fn,
+                    has_energy=callable(getattr(site.prior.score_fn, "energy", None)),
+                    grid=segment_grid(schedule, times, dtype),
+                    levels=noise_levels(schedule, times, dtype),
+                    pilot=pilot,
+                    event_shape=site.prior.event_shape,
+                    batch_size=math.prod(site.batch_shape),
+                )
+            )
+        return tuple(laws)
+
+    def _terms(self, sites: tuple[DiffusionSite, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The likelihood of a flat vector, whole and split for the twist."""
+        likelihood = Likelihood(conditioned(self._model), args, kwargs, gaussian=self._twist is None or self._twist.gaussian)
+
+        def unflatten(x: Array) -> dict[str, Array]:
+            values, start = {}, 0
+            for site in sites:
+                size = math.prod(site.shape)
+                values[site.name] = x[start : start + size].reshape(site.shape)
+                start += size
+            return values
+
+        return (lambda x: likelihood.terms(unflatten(x))), unflatten
+
+    def _posterior(
+        self, sites: tuple[DiffusionSite, ...], shared: Shared, log_beta: Array, rebuild: Any, args: Any, kwargs: Any
+    ) -> Posterior:
+        laws = self._laws(sites, rebuild(shared.score_arrays.arrays), shared.pilots, log_beta.dtype)
+        terms, _ = self._terms(sites, args, kwargs)
+        return Posterior(laws, terms, self._inner, log_beta)
+
+    # The kernel.
+
+    def init(
+        self,
+        rng_key: Any,
+        num_warmup: int,
+        init_params: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> ParticleGibbsState:
+        """Check the model, measure the levels, and find a start by unconditional SMC.
+
+        Args:
+            rng_key: One key, or one per vectorized chain.
+            num_warmup: Length of the warmup.
+            init_params: `None`, or `{site: value}` to start from, with a chain axis if keys are batched. Ignored in a composite,
+                which hands in prior draws.
+            model_args: Arguments of the model.
+            model_kwargs: Keyword arguments of the model.
+        """
+        kwargs = {} if model_kwargs is None else dict(model_kwargs)
+        batched = not is_prng_key(rng_key)
+        dtype = jnp.result_type(float)
+        found = inspect_model("RTKParticleGibbs", conditioned(self._model), jr.key(0), model_args, kwargs)
+        self._check_others(found)
+        sites = found.diffusion
+        self._check_sites(sites, dtype)
+        arrays, rebuild = self._hoist(sites, dtype)
+        num_levels = self._times(sites[0]).size
+        terms, _ = self._terms(sites, model_args, kwargs)
+        values = None
+        if init_params and GIBBS_SITES_KWARG not in kwargs:
+            values = _read_init_params(init_params, sites, batched, dtype)
+
+        # A fixed key: what is measured is a property of the prior.
+        draws, pilots = jax.jit(functools.partial(self._measure, sites, rebuild, dtype))(arrays.arrays)
+        flat_draws = _flatten_draws(sites, draws)
+        num_observations = jax.eval_shape(terms, jax.ShapeDtypeStruct(flat_draws.shape[1:], dtype)).whitened.shape[0]
+        if self._twist is not None and self._twist.gaussian and num_observations == 0:
+            raise ValueError(
+                "`twist=GaussianTwist()` needs Gaussian observations (`Normal` or `MultivariateNormal` sites), and the model has "
+                "none. Leave `twist` out, or use `TemperedTwist()`."
+            )
+        _check_likelihood(jax.jit(jax.vmap(terms))(flat_draws))
+        if not 0 < num_observations <= MAX_EXACT_OBSERVATIONS:
+            # Only covariances that are formed need the residuals themselves.
+            pilots = tuple(pilot._replace(residuals=pilot.residuals[:, :0]) for pilot in pilots)
+        shared = Shared(arrays, pilots, jnp.mean(flat_draws, axis=0), jnp.zeros((), int))
+
+        def start(key: Any, value: Any, shared: Shared) -> ParticleGibbsState:
+            return self._start(key, value, shared, sites, rebuild, num_levels, num_warmup, model_args, kwargs, dtype)
+
+        run = jax.jit(jax.vmap(start, in_axes=(0, 0, None)) if batched else start)
+        state = run(rng_key, values, shared)._replace(shared=shared)
+        self._check_start(state, sites, terms, batched)
+        return state
+
+    def _check_others(self, found: ModelSites) -> None:
+        if found.others:
+            raise ValueError(
+                f"`RTKParticleGibbs` samples diffusion sites only, and the model has other latent sites: {list(found.others)}. "
+                "Use `RTKGibbs(NUTS(model))` to sample them too, or `numpyro.handlers.condition` to fix them."
+            )
+
+    def _check_sites(self, sites: tuple[DiffusionSite, ...], dtype: Any) -> None:
+        sizes = {site.name: self._times(site).size for site in sites}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"`segments` gives the diffusion sites different numbers of levels: {sizes}. Give a number that all "
+                "schedules allow."
+            )
+        for site in sites:
+            prior = site.prior
+            x, t = jax.ShapeDtypeStruct(prior.event_shape, dtype), jax.ShapeDtypeStruct((), dtype)
+            check_inner(self._inner, prior.score_fn, sizes[site.name] - 1)
+            check_score_shape(prior.score_fn, x, t, (), {})
+            check_first_call(
+                prior.score_fn, segment_grid(prior.schedule, self._times(site), dtype), prior.event_shape, dtype, (), {}
+            )
+
+    def _measure(self, sites: tuple[DiffusionSite, ...], rebuild: Any, dtype: Any, arrays: Any) -> Any:
+        """Prior draws of each site, and what they teach about its levels."""
+        all_draws, pilots = [], []
+        for site, score_fn in zip(sites, rebuild(arrays), strict=True):
+            draw_key, pilot_key = jr.split(jr.key(0))
+            schedule = site.prior.schedule
+            draws = prior_draws(draw_key, score_fn, schedule, site.prior.event_shape, dtype, self._num_pilot_draws)
+            draws = jnp.where(jnp.isfinite(draws), draws, 0.0)
+            all_draws.append(draws)
+            pilots.append(run_pilot(pilot_key, score_fn, noise_levels(schedule, self._times(site), dtype), draws))
+        return all_draws, tuple(pilots)
+
+    def _start(
+        self,
+        key: Any,
+        value: Any,
+        shared: Shared,
+        sites: tuple[DiffusionSite, ...],
+        rebuild: Any,
+        num_levels: int,
+        num_warmup: int,
+        args: Any,
+        kwargs: Any,
+        dtype: Any,
+    ) -> ParticleGibbsState:
+        """State of one chain before its first iteration."""
+        sweep_key, next_key = jr.split(key)
+        log_beta = _initial_log_beta(shared.pilots)
+        posterior = self._posterior(sites, shared, log_beta, rebuild, args, kwargs)
+        step_size = jnp.stack(
+            [
+                rule_step_size(
+                    self._inner, law.grid, jnp.mean(law.pilot.curvature.reshape(num_levels, -1)[1:], -1), law.event_size
+                )
+                for law in posterior.sites
+            ],
+            axis=1,
+        )
+        step_size = jnp.minimum(step_size, getattr(self._inner, "max_step_size", jnp.inf))
+        guided = jnp.full(num_levels - 1, 0.5 * max_step_size(posterior) * posterior.dim ** (-1 / 3), dtype)
+        options = (self._num_particles, max(START_GUIDED_STEPS, self._num_guided_steps), self._target_accept_prob)
+
+        def sweep(carry: Any, inputs: Any) -> Any:
+            (log_beta, guided), (key, adapt) = carry, inputs
+            posterior = self._posterior(sites, shared, log_beta, rebuild, args, kwargs)
+            tuning = SweepTuning(step_size, guided)
+            point, info = unconditional_sweep(key, posterior, tuning, shared.reference, *options, adapt)
+            return (info.log_beta, info.guided_step_size), (point.x, point.log_twist, info)
+
+        # The first sweep adapts, the second does not.
+        inputs = (jr.split(sweep_key), jnp.array([True, False]))
+        (log_beta, guided), (xs, log_twists, infos) = jax.lax.scan(sweep, (log_beta, guided), inputs)
+        info = jax.tree.map(lambda leaf: leaf[1], infos)
+        x = jnp.where(log_twists[1] > -jnp.inf, xs[1], xs[0])
+        _, unflatten = self._terms(sites, args, kwargs)
+        z = unflatten(x) if value is None else value
+        log_local = jnp.log(jnp.asarray(0.3 * posterior.dim ** (-1 / 4), dtype))
+        init, _ = dual_averaging()
+        averaging = (
+            jax.vmap(jax.vmap(init))(jnp.log(step_size)),
+            jax.vmap(init)(jnp.log(guided)),
+            init(log_local),
+        )
+        num_depths, scalar = len(_depths(num_levels)), jnp.zeros((), dtype)
+        adapt_state = ParticleGibbsAdaptState(
+            step_size=step_size,
+            guided_step_size=guided,
+            local_step_size=_given(self._local, jnp.exp(log_local)),
+            log_beta=log_beta,
+            depth_prob=jnp.full(num_depths, 1 / num_depths, dtype),
+            depth_jump=jnp.zeros(num_depths, dtype),
+            depth_count=jnp.zeros(num_depths, dtype),
+            num_collapsed=jnp.zeros(num_levels, dtype),
+            num_visits=jnp.zeros(num_levels, dtype),
+            averaging=averaging,
+            num_warmup=jnp.asarray(num_warmup, int),
+        )
+        return ParticleGibbsState(
+            z=z,
+            accept_prob=scalar,
+            segment_accept_prob=jnp.zeros(num_levels - 1, dtype),
+            guided_accept_prob=jnp.zeros(num_levels - 1, dtype),
+            local_accept_prob=scalar,
+            effective_sample_size=info.effective_sample_size,
+            changed=jnp.zeros((), bool),
+            depth=jnp.asarray(num_levels, int),
+            log_evidence=info.log_evidence,
+            diverging=jnp.zeros((), bool),
+            num_score_evals=jnp.zeros((), int),
+            adapt_state=adapt_state,
+            shared=None,  # pyright: ignore - filled in without a chain axis
+            rng_key=next_key,
+        )
+
+    def _check_start(self, state: ParticleGibbsState, sites: tuple[DiffusionSite, ...], terms: Any, batched: bool) -> None:
+        values = [state.z[site.name] for site in sites]
+        if any(isinstance(value, Tracer) for value in values):
+            return
+
+        def log_likelihood(values: list[Array]) -> Array:
+            split = terms(jnp.concatenate([jnp.ravel(value) for value in values]))
+            return -0.5 * jnp.sum(split.whitened**2) + split.log_normalizer + split.other
+
+        result = np.atleast_1d(np.asarray(jax.jit(jax.vmap(log_likelihood) if batched else log_likelihood)(values)))
+        if not np.all(np.isfinite(result)):
+            bad = [int(i) for i in np.flatnonzero(~np.isfinite(result))]
+            raise ValueError(
+                f"The log likelihood is {result[bad[0]]} at the start"
+                + (f" of chains {bad}" if batched else "")
+                + ". Give a start inside "
+                "the support, `MCMC.run(..., init_params={site: value})`, or more particles."
+            )
+
+    def sample(
+        self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ParticleGibbsState:
+        """One sweep and its local moves, for one chain or a batch of them."""
+        kwargs = {} if model_kwargs is None else dict(model_kwargs)
+        batched = not is_prng_key(state.rng_key)
+        sites = latent_diffusion_sites(conditioned(self._model), jr.key(0), model_args, kwargs)
+        dtype = state.accept_prob.dtype
+        own, rebuild = self._hoist(sites, dtype)
+        shared = state.shared
+        if own.fingerprint != shared.score_arrays.fingerprint:
+            raise ValueError(
+                "The state comes from a kernel with other network weights, another inner kernel, other segments or another "
+                "number of particles. Start a new `MCMC` (or call `warmup` again) instead of re-using `post_warmup_state`."
+            )
+
+        def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
+            posterior = self._posterior(sites, shared, state.adapt_state.log_beta, rebuild, model_args, kwargs)
+            return self._step(state, shared, sites, posterior)
+
+        # Arrays of the network and measurements have no chain axis.
+        chain = state._replace(shared=None)  # pyright: ignore
+        new = (jax.vmap(step, in_axes=(0, None)) if batched else step)(chain, shared)
+        iteration = shared.iteration + 1
+        self._warn_at_end(new.adapt_state, iteration, sites)
+        return new._replace(shared=shared._replace(iteration=iteration))
+
+    def _step(
+        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior
+    ) -> ParticleGibbsState:
+        """One iteration of one chain: a pure function of the state."""
+        next_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 4)
+        adapt = state.adapt_state
+        depths = jnp.asarray(_depths(posterior.num_levels))
+        choice = jr.categorical(depth_key, jnp.log(adapt.depth_prob))
+        depth = depths[choice]
+        last = jnp.asarray(posterior.num_levels - 1)
+        x = jnp.concatenate([jnp.ravel(state.z[site.name]) for site in sites])
+        point = posterior.evaluate(last, x)
+        tuning = SweepTuning(adapt.step_size, adapt.guided_step_size)
+        new, info = conditional_sweep(
+            sweep_key, posterior, tuning, shared.reference, point, depth, self._num_particles, self._num_guided_steps
+        )
+        jump = jnp.mean((new.x - x) ** 2 / posterior.mean_square[0])
+        local_accept, diverging = jnp.ones((), x.dtype), info.diverging
+        evaluations = 1 + sweep_evaluations(posterior, depth, self._num_particles, self._num_guided_steps)
+        if self._local is not None:
+            preconditioner = posterior.preconditioner(last, shared.reference)
+            new, local_info = self._local(local_key, posterior, new, preconditioner, adapt.local_step_size)
+            local_accept, diverging = local_info.accept_prob, diverging | local_info.diverging
+            evaluations += self._local.num_evaluations
+        costs = jax.vmap(lambda d: sweep_evaluations(posterior, d, self._num_particles, self._num_guided_steps))(depths)
+        adapt_state = self._adapt(adapt, posterior, shared.iteration, info, local_accept, choice, jump, costs)
+        z, start = {}, 0
+        for site in sites:
+            size = math.prod(site.shape)
+            z[site.name] = new.x[start : start + size].reshape(site.shape)
+            start += size
+        return ParticleGibbsState(
+            z=z,
+            accept_prob=jnp.nanmean(info.accept_prob),
+            segment_accept_prob=info.accept_prob,
+            guided_accept_prob=info.guided_accept_prob,
+            local_accept_prob=local_accept,
+            effective_sample_size=info.effective_sample_size,
+            changed=info.changed,
+            depth=depth,
+            log_evidence=state.log_evidence,
+            diverging=diverging,
+            num_score_evals=jnp.asarray(
+                evaluations * sum(law.batch_size for law in posterior.sites), state.num_score_evals.dtype
+            ),
+            adapt_state=adapt_state,
+            shared=None,  # pyright: ignore
+            rng_key=next_key,
+        )
+
+    def _adapt(
+        self,
+        state: ParticleGibbsAdaptState,
+        posterior: Posterior,
+        iteration: Array,
+        info: SweepInfo,
+        local_accept: Array,
+        choice: Array,
+        jump: Array,
+        costs: Array,
+    ) -> ParticleGibbsAdaptState:
+        """One warmup update; the identity once warmup is over."""
+        warming, is_last = iteration < state.num_warmup, iteration + 1 == state.num_warmup
+        _, update = dual_averaging()
+        dtype = state.depth_prob.dtype
+
+        def average(one: Any, accept: Array, bounds: tuple[Any, Any]) -> tuple[Any, Array]:
+            usable = warming & ~jnp.isnan(accept)
+            new = update(self._target_accept_prob - jnp.where(usable, accept, 0.0), one)
+            new = jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, one)
+            return new, jnp.exp(jnp.clip(jnp.where(is_last, new[1], new[0]), *map(jnp.log, bounds)))
+
+        largest = max_step_size(posterior)
+        inner_bounds = (MIN_STEP_SIZE, getattr(self._inner, "max_step_size", 1e6))
+        guided_averaging, guided = jax.vmap(lambda s, p: average(s, p, (MIN_STEP_SIZE, largest)))(
+            state.averaging[1], info.guided_accept_prob
+        )
+        local_averaging, local = average(state.averaging[2], local_accept, (MIN_STEP_SIZE, MAX_LOCAL_STEP_SIZE))
+        inner_averaging, inner = state.averaging[0], state.step_size
+        if self._inner.adapts_step_size and getattr(self._inner, "step_size", None) is None:
+            by_site = jax.vmap(lambda s, p: average(s, p, inner_bounds), in_axes=(0, None))
+            inner_averaging, inner = jax.vmap(by_site)(state.averaging[0], info.accept_prob)
+        local = _given(self._local, local)
+
+        # Powers: levels that lose less of the effective sample size than the next one take more of the likelihood.
+        visited = ~jnp.isnan(info.effective_sample_size)
+        share = jnp.where(visited, info.effective_sample_size / self._num_particles, 0.0)
+        gain = 1.0 / (1.0 + iteration.astype(dtype)) ** 0.6
+        change = jnp.where(visited[:-1] & visited[1:], gain * (share[:-1] - share[1:]), 0.0)
+        log_beta = jnp.append(jnp.minimum(state.log_beta[:-1] + change, 0.0), 0.0)
+
+        # Depths: squared jump per evaluation, and a tenth of the time spread over those that ever moved.
+        count = state.depth_count.at[choice].add(1.0)
+        mean_jump = state.depth_jump.at[choice].add((jump - state.depth_jump[choice]) / count[choice])
+        score = jnp.where(count > 0, mean_jump / costs, 0.0)
+        total, alive = jnp.sum(score), (score > 0) | (count == 0)
+        spread = alive / jnp.maximum(jnp.sum(alive), 1)
+        prob = jnp.where(total > 0, 0.9 * score / jnp.where(total > 0, total, 1.0) + 0.1 * spread, 1 / count.shape[0])
+
+        new = ParticleGibbsAdaptState(
+            step_size=inner,
+            guided_step_size=guided,
+            local_step_size=local,
+            log_beta=log_beta,
+            depth_prob=jnp.where(is_last, prob, state.depth_prob),
+            depth_jump=mean_jump,
+            depth_count=count,
+            num_collapsed=state.num_collapsed + (visited & (info.effective_sample_size < COLLAPSED)),
+            num_visits=state.num_visits + visited,
+            averaging=(inner_averaging, guided_averaging, local_averaging),
+            num_warmup=state.num_warmup,
+        )
+        return jax.tree.map(lambda x, y: jnp.where(warming, x, y).astype(y.dtype), new, state)
+
+    def _warn_at_end(self, state: ParticleGibbsAdaptState, iteration: Array, sites: tuple[DiffusionSite, ...]) -> None:
+        """Warn of collapsed levels when warmup ends; called once per program, fires once per run and chain."""
+        times = self._times(sites[0])
+
+        def warn(collapsed: Any, visits: Any) -> None:
+            _warn_collapsed(np.asarray(collapsed), np.asarray(visits), times, self._num_particles)
+
+        num_warmup = jnp.max(state.num_warmup)
+        if self._num_particles > COLLAPSED:
+            jax.lax.cond(
+                iteration == num_warmup,
+                lambda: jax.debug.callback(warn, state.num_collapsed, state.num_visits),
+                lambda: None,
+            )
+
+    def refresh(
+        self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ParticleGibbsState:
+        """The state itself: nothing that depends on conditioning values is cached."""
+        del model_args, model_kwargs
+        return state
+
+    def wrap_model(self, wrapper: Callable[..., Any]) -> "RTKParticleGibbs":
+        """A copy whose model is `wrapper(model)`."""
+        kernel = copy.copy(self)
+        kernel._model = wrapper(self._model)
+        return kernel
+
+    def get_constrain_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:
+        """The identity: diffusion sites are unconstrained."""
+        del model_args, model_kwargs
+        return identity
+
+    def postprocess_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:
+        """Adds the deterministic sites of the model to the draws."""
+        kwargs = {} if model_kwargs is None else dict(model_kwargs)
+        model = conditioned(self._model)
+
+        def add_deterministic(z: dict[str, Array]) -> dict[str, Array]:
+            replayed = handlers.substitute(handlers.seed(without_diffusion(model), jr.key(0)), data=z)
+            trace = handlers.trace(replayed).get_trace(*model_args, **kwargs)
+            return z | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
+
+        return add_deterministic
+
+
+def _check_count(name: str, value: Any, minimum: int, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum} ({why}), got {value!r}.")
+
+
+def _depths(num_levels: int) -> tuple[int, ...]:
+    return tuple(sorted({max(1, round(fraction * num_levels)) for fraction in DEPTH_FRACTIONS}))
+
+
+def _given(local: AbstractLocalMove | None, step_size: Array) -> Array:
+    given = None if local is None else local.step_size
+    return step_size if given is None else jnp.asarray(given, step_size.dtype)
+
+
+def _initial_log_beta(pilots: tuple[Pilot, ...]) -> Array:
+    """Share of the prior's variance that the denoiser explains at each level."""
+    unexplained = sum(jnp.sum(p.mean_square.reshape(p.mean_square.shape[0], -1), axis=1) for p in pilots)
+    assert isinstance(unexplained, jax.Array)
+    share = jnp.clip(1 - unexplained / unexplained[0], 1e-4, 1.0)
+    return jnp.log(share.at[-1].set(1.0))
+
+
+def _flatten_draws(sites: tuple[DiffusionSite, ...], draws: list[Array]) -> Array:
+    """Prior draws of all sites as flat vectors; elements of a batch take different draws."""
+    columns = []
+    for site, one in zip(sites, draws, strict=True):
+        columns += [jnp.roll(one, i, axis=0).reshape(one.shape[0], -1) for i in range(math.prod(site.batch_shape))]
+    return jnp.concatenate(columns, axis=1)
+
+
+def _check_likelihood(terms: Any) -> None:
+    """Raise if the likelihood is impossible at every prior draw, or NaN at any."""
+    total = -0.5 * jnp.sum(terms.whitened**2, axis=-1) + terms.log_normalizer + terms.other
+    if isinstance(total, Tracer):
+        return
+    total = np.asarray(total)
+    if np.all(np.isnan(total)):
+        raise ValueError(
+            "The log likelihood is NaN at every one of the prior draws tried. Check the observations and the parameters of their "
+            "laws."
+        )
+    if not np.any(total > -np.inf):
+        raise ValueError(
+            f"The log likelihood is -inf at all {total.size} prior draws tried: the data are impossible under the model there. "
+            "Check the supports of the observed sites, and transforms (a rate must be positive: `exp`, `softplus`)."
+        )
+
+
+def _read_init_params(init_params: Any, sites: tuple[DiffusionSite, ...], batched: bool, dtype: Any) -> dict[str, Array]:
+    names = {site.name for site in sites}
+    if not isinstance(init_params, dict) or set(init_params) != names:
+        got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
+        raise ValueError(f"`init_params` must be a dict with the diffusion sites {sorted(names)} as keys, got {got}.")
+    values = {}
+    for site in sites:
+        value = jnp.asarray(init_params[site.name], dtype)
+        shape = value.shape[1:] if batched else value.shape
+        if shape != site.shape:
+            raise ValueError(f"`init_params[{site.name!r}]` has shape {shape}, but the site has shape {site.shape}.")
+        if not isinstance(value, Tracer) and not np.all(np.isfinite(np.asarray(value))):
+            raise ValueError(f"`init_params[{site.name!r}]` contains NaN or infinity.")
+        values[site.name] = value
+    return values
+
+
+def _warn_collapsed(collapsed: np.ndarray, visits: np.ndarray, times: np.ndarray, num_particles: int) -> None:
+    shares = collapsed.reshape(-1, times.size).sum(0) / np.maximum(visits.reshape(-1, times.size).sum(0), 1)
+    bad = np.flatnonzero(shares > 0.5)
+    if bad.size:
+        named = ", ".join(f"level {i} (t={times[i]:.3g}, {shares[i]:.0%})" for i in bad[:6])
+        more = f" and {bad.size - 6} more" if bad.size > 6 else ""
+        warnings.warn(
+            f"Particle weights collapsed: the effective sample size was below 2 of {num_particles} in most warmup sweeps at "
+            f"{named}{more}. Sweeps through these levels rarely move the draw. Use more `segments` or `num_particles`, or rely "
+            "on local moves (`local=LocalHMC(...)`) where the data are informative in every coordinate.",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,307 @@
+r"""Particle Gibbs over noise levels: conditional and unconditional SMC on `pi_t`, proportional to `p_t G_t`. Pure JAX.
+
+One conditional sweep leaves `p_0 L` invariant for any twist and any number of particles of at least 2, up to the error of the
+inner kernel. Going up, the pinned path is noised to each level and there takes a move `K_t` reversible for `pi_t`. Coming down,
+particles are resampled given the pinned path, moved by the same `K_t`, taken to the next level by the reverse
+transition, and weighted by `G_s(z) / G_t(x)`. Noising and reverse transition are reversals of each other under the prior, so that
+the weight needs no prior density.
+
+References:
+    Andrieu, Doucet and Holenstein (2010), *Particle Markov chain Monte Carlo methods*; Corenflos et al. (2024),
+    arXiv 2405.13794; Cardoso et al. (2023), arXiv 2308.07983.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from numpyro_rtk._custom_types import Count, Flag, RandomKey, Scalar
+from numpyro_rtk._posterior import MoveInfo, Point, Posterior, Preconditioner
+from numpyro_rtk._resampling import (
+    conditional_systematic,
+    effective_sample_size,
+    forced_move,
+    normalized_weights,
+    systematic,
+)
+
+
+class SweepTuning(NamedTuple):
+    """Step sizes of a sweep."""
+
+    reverse_step_size: Float[Array, "segments sites"]
+    """Of the inner kernel, in its own unit."""
+    guided_step_size: Float[Array, " segments"]
+    """Of the guided MALA moves at the start of each segment, relative to the preconditioner."""
+
+
+class SweepInfo(NamedTuple):
+    """What a sweep reports; levels that it did not visit are NaN."""
+
+    effective_sample_size: Float[Array, " levels"]
+    accept_prob: Float[Array, " segments"]
+    """Of the inner kernel."""
+    guided_accept_prob: Float[Array, " segments"]
+    """Of the guided moves at the start of each segment."""
+    changed: Flag
+    """Whether another particle than the pinned one was chosen."""
+    diverging: Flag
+
+
+MAX_GUIDED_STEP_SIZE = 0.3
+"""Largest step of MALA moves whose energy difference is estimated by the trapezoid rule: proposals keep 70 % of the distance."""
+
+MAX_EXACT_STEP_SIZE = 1.0
+"""The same where energies are exact."""
+
+MIN_LOG_BETA = -20.0
+"""Least log power of a tempered twist."""
+
+
+def _keep(points: Point, index: Any, point: Point) -> Point:
+    """Write a point into an array of points."""
+    return jax.tree.map(lambda many, one: many.at[index].set(one), points, point)
+
+
+def _at(points: Point, index: Any) -> Point:
+    return jax.tree.map(lambda leaf: leaf[index], points)
+
+
+def _empty(posterior: Posterior, size: int) -> Point:
+    vector, scalar = jnp.zeros((size, posterior.dim), posterior.dtype), jnp.zeros(size, posterior.dtype)
+    return Point(vector, vector, scalar, scalar, vector, scalar)
+
+
+def conditional_sweep(
+    key: RandomKey,
+    posterior: Posterior,
+    tuning: SweepTuning,
+    reference: Array,
+    point: Point,
+    depth: Count,
+    num_particles: int,
+    num_guided_steps: int,
+) -> tuple[Point, SweepInfo]:
+    """One particle Gibbs sweep from the current draw; leaves `p_0 L` invariant up to the error of the inner kernel.
+
+    Args:
+        key: Random key.
+        posterior: The level targets.
+        tuning: Step sizes.
+        reference: Where twists are linearised for the guided moves' preconditioners, shape `(dim,)`; must not depend on the draw.
+        point: The current draw, evaluated at the last level.
+        depth: Levels to refresh, 1 to `num_levels`: all of them, the noisiest included, is a full sweep; fewer start all
+            particles from the pinned path's point `depth` levels above the data.
+        num_particles: At least 2, the pinned one included.
+        num_guided_steps: MALA steps per level above the data.
+    """
+    up_key, start_key, down_key, choose_key = jr.split(key, 4)
+    num_levels, last = posterior.num_levels, posterior.num_levels - 1
+    num_free = num_particles - 1
+    # A full sweep climbs to the noisiest level, too, but draws the free particles there from noise.
+    top, full = jnp.maximum(last - depth, 0), depth > last
+
+    def guided(key: RandomKey, level: Count, point: Point, preconditioner: Preconditioner) -> tuple[Point, MoveInfo]:
+        step_size = tuning.guided_step_size[level]
+        return posterior.mala_steps(key, level, point, preconditioner, step_size, num_guided_steps)
+
+    # Up: at each level keep the point that the path leaves downwards from, and the one it arrives at from above.
+    def climb(carry: Any) -> Any:
+        key, level, point, leave, arrive, accept = carry
+        key, noise_key, move_key = jr.split(key, 3)
+        new = posterior.evaluate(level - 1, posterior.noise(noise_key, level, point.x))
+        moved, info = guided(move_key, level - 1, new, posterior.preconditioner(level - 1, reference))
+        accept = accept.at[level - 1].set(info.accept_prob)
+        return key, level - 1, moved, _keep(leave, level - 1, new), _keep(arrive, level - 1, moved), accept
+
+    paths = _keep(_empty(posterior, num_levels), last, point)
+    nan = jnp.full(num_levels, jnp.nan, posterior.dtype)
+    carry = (up_key, jnp.asarray(last), point, paths, paths, nan)
+    _, _, _, leave, arrive, up_accept = jax.lax.while_loop(lambda carry: carry[1] > top, climb, carry)
+
+    # The free particles before the first move: noise, or all at the pinned path's point.
+    def from_noise() -> tuple[Point, Array, Scalar]:
+        xs = jax.vmap(posterior.terminal)(jr.split(start_key, num_free))
+        points = jax.vmap(lambda x: posterior.evaluate(jnp.zeros((), int), x))(xs)
+        return points, points.log_twist, arrive.log_twist[0]
+
+    def from_path() -> tuple[Point, Array, Scalar]:
+        points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (num_free, *leaf.shape)), _at(arrive, top))
+        return points, jnp.zeros(num_free, posterior.dtype), jnp.zeros((), posterior.dtype)
+
+    points, log_weights, pinned = jax.lax.cond(full, from_noise, from_path)
+
+    # Down: resample and move at a level, then go to the next.
+    def descend(carry: Any) -> Any:
+        key, level, points, log_weights, pinned, all_ess, inner_accept, guided_accept, diverging = carry
+        key, resample_key, move_key, reverse_key = jr.split(key, 4)
+        log_weights = jnp.concatenate([pinned[None], log_weights])
+        ess = jnp.where((level == top) & ~full, jnp.nan, effective_sample_size(log_weights))
+        ancestors = conditional_systematic(resample_key, normalized_weights(log_weights))[1:]
+        everyone = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), _at(arrive, level), points)
+        preconditioner = posterior.preconditioner(level, reference)
+        move = jax.vmap(lambda key, point: guided(key, level, point, preconditioner))
+        points, moved = move(jr.split(move_key, num_free), _at(everyone, ancestors))
+        step_size = tuning.reverse_step_size[level]
+        reverse = jax.vmap(lambda key, point: posterior.reverse(key, level, point, step_size))
+        new, info = reverse(jr.split(reverse_key, num_free), points)
+        diverging |= jnp.any(info.diverging) | jnp.any(moved.diverging)
+        return (
+            key,
+            level + 1,
+            new,
+            _difference(new.log_twist, points.log_twist),
+            arrive.log_twist[level + 1] - leave.log_twist[level],
+            all_ess.at[level].set(ess),
+            inner_accept.at[level].set(jnp.mean(info.accept_prob)),
+            guided_accept.at[level].set(jnp.mean(moved.accept_prob)),
+            diverging,
+        )
+
+    carry = (down_key, top, points, log_weights, pinned, nan, nan[1:], nan, jnp.zeros((), bool))
+    carry = jax.lax.while_loop(lambda carry: carry[1] < last, descend, carry)
+    _, _, points, log_weights, pinned, all_ess, inner_accept, guided_accept, diverging = carry
+
+    log_weights = jnp.concatenate([pinned[None], log_weights])
+    chosen = forced_move(choose_key, normalized_weights(log_weights))
+    everyone = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), point, points)
+    share = num_free / num_particles
+    return _at(everyone, chosen), SweepInfo(
+        effective_sample_size=all_ess.at[last].set(effective_sample_size(log_weights)),
+        accept_prob=inner_accept,
+        guided_accept_prob=(share * guided_accept + (1 - share) * up_accept)[:-1],
+        changed=chosen != 0,
+        diverging=diverging,
+    )
+
+
+def _difference(new: Array, old: Array) -> Array:
+    """Log weights; a particle whose parent was impossible stays so."""
+    return jnp.where((new > -jnp.inf) & (old > -jnp.inf), new - jnp.where(old > -jnp.inf, old, 0.0), -jnp.inf)
+
+
+def sweep_evaluations(posterior: Posterior, depth: Count, num_particles: int, num_guided_steps: int) -> Count:
+    """Score evaluations of a conditional sweep of a depth, each counted for one event of every site.
+
+    The pinned path costs `num_guided_steps + 1` a level; each other particle one reverse transition and
+    `num_guided_steps`. A full sweep evaluates the free particles at the noisiest level, too.
+    """
+    num_free, last = num_particles - 1, posterior.num_levels - 1
+    transitions = jnp.minimum(depth, last)
+    per_level = num_guided_steps + 1 + num_free * (num_guided_steps + posterior.evaluations_per_reverse)
+    return transitions * per_level + jnp.where(depth > last, num_free, 0)
+
+
+class StartInfo(NamedTuple):
+    """What an unconditional sweep reports."""
+
+    log_evidence: Scalar
+    """Unbiased on the natural scale if nothing was adapted along the way."""
+    effective_sample_size: Float[Array, " levels"]
+    guided_step_size: Float[Array, " segments"]
+    log_beta: Float[Array, " levels"]
+
+
+def unconditional_sweep(
+    key: RandomKey,
+    posterior: Posterior,
+    tuning: SweepTuning,
+    reference: Array,
+    num_particles: int,
+    num_guided_steps: int,
+    target_accept_prob: float,
+    adapt: Flag,
+) -> tuple[Point, StartInfo]:
+    """SMC from terminal noise to `p_0 L` through the levels, with guided moves: a start, and an estimate of the evidence.
+
+    With `adapt` the guided step sizes follow their acceptance, and the powers of tempered twists keep half of the
+    effective sample size where they can; then the estimate of the evidence is not exactly unbiased.
+    `num_particles * (1 + segments * (num_guided_steps + evaluations_per_reverse))` evaluations.
+    """
+    last, max_step = posterior.num_levels - 1, max_step_size(posterior)
+    noise_key, scan_key, resample_key, choose_key = jr.split(key, 4)
+
+    def weigh(level: Count, points: Point, base: Array, log_beta: Array) -> tuple[Point, Array, Array]:
+        """Powers and log weights at a level."""
+        given = log_beta[level]
+        lowest = jnp.where(level > 0, log_beta[level - 1], MIN_LOG_BETA)
+        power = jnp.where(adapt & (level < last), _choose_power(points, base, given, lowest), given)
+        other = jnp.nan_to_num(points.other, nan=-1e30, neginf=-1e30)
+        points = points._replace(log_twist=points.log_twist + (jnp.exp(power) - jnp.exp(given)) * other)
+        return points, _difference(points.log_twist, base), log_beta.at[level].set(power)
+
+    def body(carry: Any, inputs: Any) -> Any:
+        points, base, log_beta, step_before = carry
+        key, level, reverse_step_size, step_given = inputs
+        resample_key, move_key, reverse_key = jr.split(key, 3)
+        points, log_weights, log_beta = weigh(level, points, base, log_beta)
+        ess, mean = effective_sample_size(log_weights), jax.nn.logsumexp(log_weights) - jnp.log(num_particles)
+        points = _at(points, systematic(resample_key, normalized_weights(log_weights)))
+        now = posterior_with(posterior, log_beta)
+        # With another power the twist has another gradient.
+        points = jax.vmap(lambda p: now.with_twist(level, p.x, p.score, p.energy))(points)
+        preconditioner = now.preconditioner(level, reference)
+
+        def move(carry: Any, inputs: Any) -> Any:
+            points, log_step = carry
+            key, i = inputs
+            one = jax.vmap(lambda k, p: now.mala(k, level, p, preconditioner, jnp.exp(log_step)))
+            points, info = one(jr.split(key, num_particles), points)
+            change = 2.0 / jnp.sqrt(i + 1.0) * (jnp.mean(info.accept_prob) - target_accept_prob)
+            return (points, jnp.where(adapt, jnp.minimum(log_step + change, jnp.log(max_step)), log_step)), None
+
+        keys = jr.split(move_key, num_guided_steps)
+        log_step = jnp.log(jnp.where(adapt, step_before, step_given))
+        inputs = (keys, jnp.arange(num_guided_steps, dtype=posterior.dtype))
+        (points, log_step), _ = jax.lax.scan(move, (points, log_step), inputs)
+        reverse = jax.vmap(lambda key, point: now.reverse(key, level, point, reverse_step_size))
+        new, _ = reverse(jr.split(reverse_key, num_particles), points)
+        return (new, points.log_twist, log_beta, jnp.exp(log_step)), (mean, ess, jnp.exp(log_step))
+
+    xs = jax.vmap(posterior.terminal)(jr.split(noise_key, num_particles))
+    points = jax.vmap(lambda x: posterior.evaluate(jnp.zeros((), int), x))(xs)
+    carry = (points, jnp.zeros(num_particles, posterior.dtype), posterior.log_beta, tuning.guided_step_size[0])
+    inputs = (jr.split(scan_key, last), jnp.arange(last), tuning.reverse_step_size, tuning.guided_step_size)
+    (points, base, log_beta, _), (means, all_ess, step_sizes) = jax.lax.scan(body, carry, inputs)
+    log_weights = _difference(points.log_twist, base)
+    ancestors = systematic(resample_key, normalized_weights(log_weights))
+    # Any particle is a draw once resampled, but their order is that of their ancestors.
+    chosen = ancestors[jr.randint(choose_key, (), 0, num_particles)]
+    return _at(points, chosen), StartInfo(
+        log_evidence=jnp.sum(means) + jax.nn.logsumexp(log_weights) - jnp.log(num_particles),
+        effective_sample_size=jnp.append(all_ess, effective_sample_size(log_weights)),
+        guided_step_size=step_sizes,
+        log_beta=log_beta,
+    )
+
+
+def posterior_with(posterior: Posterior, log_beta: Array) -> Posterior:
+    """The same with other powers."""
+    return Posterior(posterior.sites, posterior.terms, posterior.inner, log_beta)
+
+
+def max_step_size(posterior: Posterior) -> float:
+    """Largest adapted step of the gradient moves."""
+    return MAX_EXACT_STEP_SIZE if posterior.has_energy else MAX_GUIDED_STEP_SIZE
+
+
+def _choose_power(points: Point, base: Array, log_beta: Scalar, lowest: Scalar) -> Scalar:
+    """Largest log power of at most 0 that keeps half the effective sample size; the level above's if none does."""
+    other = jnp.nan_to_num(points.other, nan=-jnp.inf, neginf=-1e30)
+    rest = points.log_twist - jnp.exp(log_beta) * other
+
+    def ess(candidate: Scalar) -> Scalar:
+        return effective_sample_size(_difference(rest + jnp.exp(candidate) * other, base))
+
+    def body(bounds: tuple[Scalar, Scalar], _: None) -> tuple[tuple[Scalar, Scalar], None]:
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        enough = ess(middle) >= 0.5 * base.shape[0]
+        return (jnp.where(enough, middle, low), jnp.where(enough, high, middle)), None
+
+    zero = jnp.zeros_like(lowest)
+    (low, _), _ = jax.lax.scan(body, (lowest, zero), None, length=20)
+    return jnp.where(ess(zero) >= 0.5 * base.shape[0], zero, low)
