@@ -120,8 +120,9 @@ class ScoreHMC(MCMCKernel):
     Args:
         model: A NumPyro model with at least one latent `DiffusionPrior`. All its latents must be continuous.
         step_size: Step size, or where its adaptation starts.
-        trajectory_length: Mean length of a trajectory. After the warmup coordinates have about unit scale, and a
-            quarter of a period is `pi / 2`.
+        trajectory_length: Mean length of a trajectory, in coordinates that have about unit scale after the warmup. The
+            default measured best, or nearly, in effective draws per score evaluation on a Gaussian, an ill-conditioned
+            rotated Gaussian and a mixture; longer ones pay where the mass matrix cannot undo the correlation.
         adapt_step_size: Whether warmup adapts the step size.
         adapt_mass_matrix: Whether warmup adapts the mass matrix.
         dense_mass: Whether the mass matrix is dense, or a list of tuples of site names with a dense block each.
@@ -145,7 +146,7 @@ class ScoreHMC(MCMCKernel):
         model: Callable[..., Any],
         *,
         step_size: float = 0.5,
-        trajectory_length: float = math.pi / 2,
+        trajectory_length: float = 2.2,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
         dense_mass: bool | list[tuple[str, ...]] = False,
