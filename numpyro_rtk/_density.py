@@ -169,7 +169,7 @@ class ProbabilityFlow(AbstractLogDensity):
             log_scale = float(0.5 * jnp.log(schedule.alpha(ends[0]) ** 2 + schedule.sigma(ends[0]) ** 2))
         probes = None if x.size <= self.max_exact_dim else self._probes(x)
 
-        def flow(log_ratio: Scalar, state: tuple[Event, Scalar], args: None) -> tuple[Event, Scalar]:
+        def flow(log_ratio: Any, state: tuple[Event, Scalar], args: None) -> tuple[Event, Scalar]:
             del args
             t = jnp.clip(schedule.inverse_log_snr(-2 * log_ratio), noise.t_min, noise.t_max).astype(x.dtype)
             scale = jnp.sqrt(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).astype(x.dtype)
@@ -204,7 +204,9 @@ class ProbabilityFlow(AbstractLogDensity):
         return self.log_density(score_fn, noise, x), score_fn(x, jnp.asarray(noise.t_min, x.dtype))
 
     def _probes(self, x: Event) -> Array:
-        return jr.rademacher(jr.key(self.seed), (self.num_probes, *x.shape), x.dtype)
+        # From bits, so that both precisions have the same probes.
+        bits = jr.bits(jr.key(self.seed), (self.num_probes, *x.shape), jnp.uint32)
+        return 2 * (bits & 1).astype(x.dtype) - 1
 
 
 def _trace(pushforward: Callable[[Event], Event], z: Event, probes: Array | None) -> Scalar:

@@ -1,6 +1,7 @@
 """`DiffusionPrior`: a diffusion model where any NumPyro distribution may stand."""
 
 import math
+import weakref
 from typing import Any
 
 import equinox as eqx
@@ -34,6 +35,21 @@ PILOT_DRAWS = 16
 """Prior draws from which `sample` learns the curvatures of the segments."""
 
 
+class _Learnt:
+    """What the pilot learnt of a score, kept alive by the score callable."""
+
+    def __init__(self, score_fn: Any, curvature: Array, profile: Array) -> None:
+        self.curvature, self.profile = curvature, profile
+        weakref.finalize(score_fn, _nothing, self)
+
+
+_LEARNT: weakref.WeakValueDictionary[Any, _Learnt] = weakref.WeakValueDictionary()
+
+
+def _nothing(*args: Any) -> None:
+    del args
+
+
 class DiffusionPrior(dist.Distribution):
     r"""A diffusion model as a NumPyro distribution.
 
@@ -44,16 +60,16 @@ class DiffusionPrior(dist.Distribution):
     *Shapes.* `batch_shape` is `()`, use `expand` or a plate for more; `event_shape` is that of one event, `()` for
     scalars. The support is real, so that every initialisation strategy works.
 
-    *Drawing.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, 96 by default. Before, each call
-    of `sample` learns the curvature of every segment from 16 draws of a second-order predictor, noised and denoised:
-    `16 (40 + num_segments + 1)` evaluations, 1,168 by default, evaluated together. They have a fixed key, so that the
-    tuning is a property of the prior. It is learnt while tracing (once per compiled program) unless `score_fn` depends on
-    tracers. All draws of one call are made together: in memory, too. A draw that met something
-    non-finite is NaN.
+    *Drawing.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, 96 by default. The first call of
+    `sample` learns the curvature of every segment from 16 draws of a second-order predictor, noised and denoised:
+    `16 (40 + num_segments + 1)` evaluations, 1,168 by default, 16 at a time, and two to check the score. They have a fixed
+    key, so that the tuning is a property of the prior. It is kept for the same `score_fn` object, and is learnt while
+    tracing, not in the compiled program, unless `score_fn` depends on tracers. All draws of one call are made together:
+    in memory, too. A draw that met something non-finite is NaN.
 
     *Density.* Its gradient is the score at `t_min`, one evaluation, in forward and reverse mode. The value is `density`'s:
-    the energy of the network if there is one, else the probability flow. What each costs is
-    on its own page. The score may depend on other values (a network's weights, arguments of the model), but not on
+    the energy of the network if there is one, else the probability flow. What each costs is on
+    its own page. The score may depend on other values (a network's weights, arguments of the model), but not on
     something that the log density is differentiated with respect to, such as another latent under NUTS: this is refused.
 
     Args:
@@ -191,6 +207,7 @@ class DiffusionPrior(dist.Distribution):
         Returns:
             Draws of shape `(*sample_shape, *event_shape)`, in the default float dtype; NaN where a pass failed.
         """
+        assert key is not None
         assert is_prng_key(key)
         dtype = jnp.result_type(float)
         grid = segment_grid(self.schedule, self.segment_times, dtype)
@@ -221,6 +238,9 @@ class DiffusionPrior(dist.Distribution):
         num_batch = x.ndim - self.event_dim
         if num_batch < 0 or x.shape[num_batch:] != self.event_shape:
             raise ValueError(f"`DiffusionPrior.log_prob` got a value of shape {x.shape} for events of shape {self.event_shape}.")
+        if x.dtype != jnp.result_type(float):
+            event = jax.ShapeDtypeStruct(self.event_shape, x.dtype)
+            _checks.check_score_shape(self.score_fn, event, jax.ShapeDtypeStruct((), x.dtype), (), {}, in_model=True)
         noise = NoiseRange(self.schedule, t_min=self._times[-1], t_max=self._times[0])
 
         def log_density(x: Event) -> Array:
@@ -232,27 +252,46 @@ class DiffusionPrior(dist.Distribution):
         return jax.vmap(log_density)(x.reshape(-1, *self.event_shape)).reshape(batch)
 
     def _tuning(self, grid: SegmentGrid, dtype: Any) -> Tuning:
-        """What `RTKKernel` learns in warmup, from a pilot with a fixed key; a value unless the score is traced."""
+        """What `RTKKernel` learns in warmup, from a pilot with a fixed key."""
+        curvature, profile = self._curvature(grid, dtype)
+        step_size = rule_step_size(self.inner, grid, curvature, math.prod(self.event_shape))
+        return Tuning(step_size, curvature, profile)
+
+    def _curvature(self, grid: SegmentGrid, dtype: Any) -> tuple[Array, Array]:
+        # NumPyro traces a model, and builds its distributions anew, many times. The same score object has the same
+        # curvature; should what it refers to have changed since, the tuning is less apt and the law the same.
+        key = (id(self.score_fn), str(self.schedule), self._times, self.event_shape, str(dtype))
+        known = _LEARNT.get(key)
+        if known is not None:
+            return known.curvature, known.profile
         x, t = jnp.zeros(self.event_shape, dtype), jnp.zeros((), dtype)
         consts = jax.make_jaxpr(self.score_fn)(x, t).consts
         if any(isinstance(const, Tracer) for const in consts):
             return self._pilot(grid, dtype)
         with jax.ensure_compile_time_eval():
             _checks.check_first_call(self.score_fn, grid, self.event_shape, dtype, (), {})
-            return jax.jit(self._pilot, static_argnums=1)(grid, dtype)
+            curvature, profile = jax.jit(self._pilot, static_argnums=1)(grid, dtype)
+        try:
+            _LEARNT[key] = _Learnt(self.score_fn, curvature, profile)
+        except TypeError:
+            pass  # A callable that cannot be referred to weakly is learnt from at each call.
+        return curvature, profile
 
-    def _pilot(self, grid: SegmentGrid, dtype: Any) -> Tuning:
+    def _pilot(self, grid: SegmentGrid, dtype: Any) -> tuple[Array, Array]:
+        """Curvature of each segment, and its profile over coordinates, from draws of the second-order predictor."""
         draw_key, noise_key = jr.split(jr.key(0))
         draws = prior_draws(draw_key, self.score_fn, self.schedule, self.event_shape, dtype, PILOT_DRAWS)
         # One failed pass of the pilot must not spoil every draw.
         finite = jnp.all(jnp.isfinite(draws.reshape(PILOT_DRAWS, -1)), axis=1)
         good = draws[jnp.argmax(finite)]
-        draws = jnp.where(finite.reshape(-1, *[1] * good.ndim), draws, good)
+        draws = jnp.where(finite.reshape(-1, *[1] * good.ndim), draws, good[None])
         levels = noise_levels(self.schedule, self.segment_times, dtype)
         curvature = run_pilot(noise_key, self.score_fn, levels, draws).curvature[1:]
+        # Where the network failed nothing is known but the bound.
+        bound = (1 / grid.sigma_s**2).reshape(-1, *[1] * good.ndim)
+        curvature = jnp.where(jnp.isfinite(curvature), curvature, bound)
+        mean = jnp.mean(curvature, axis=tuple(range(1, curvature.ndim)))
         # Segments whose curvature is below its bound tell coordinates apart, as in the warmup of `RTKKernel`.
-        axes = tuple(range(1, curvature.ndim))
-        mean = jnp.mean(curvature, axis=axes)
         weights = 1 - mean * grid.sigma_s**2 + 1e-2
         profile = jnp.tensordot(weights / jnp.sum(weights) * grid.sigma_s**2, curvature, axes=1)
-        return Tuning(rule_step_size(self.inner, grid, mean, math.prod(self.event_shape)), mean, profile)
+        return mean, profile
