@@ -17,6 +17,14 @@ for nothing. With `w_k = dg_{k+1} . dx_k - dg_k . dx_{k+1}`,
 is the line integral up to `O(h^4)`: the default, `order=4`. Both rules are exact for a linear score with a symmetric matrix
 (every `w_k` vanishes), so for Gaussian targets. With one step only, both are the trapezoid rule.
 
+**Paths too coarse.** Where the score changes too much within a step, no rule through the points knows the energy error, and
+what it says is dangerous: a path that leapfrog throws out of a steep flank into a flat tail seems to have gained
+density on its chords, and would be accepted (a chain of an `exp(x) - x` potential was seen to go to -900 so). The size of the
+correction tells: `sum_k |w_k| / 12` is the same on the way back and zero for Gaussians, so trajectories where it exceeds
+`MAX_CORRECTION` are rejected, without harm to the law. At the step sizes where acceptance is good these are few, in any
+dimension: 0 to 4 in 100 at an acceptance above 0.9 (skewed, quartic and bimodal laws, 10 and 100 dimensions), while wrongly
+accepted trajectories (true error above 3, estimate below 1) went from 1.2 in 100 to 0.3 and less at the coarsest steps.
+
 **What is exact and what is not.** The map from start to end, momentum flipped, is its own inverse and preserves
 volume; the energy error changes its sign under it. Were it also a difference of one function of the two ends, accepting
 with probability `min(1, exp(-error))` would be exact. The potential and the kinetic energy are such differences. An
@@ -45,6 +53,10 @@ Order: TypeAlias = Literal[2, 4]
 
 MAX_ENERGY_RANGE = 1000.0
 """Spread of the energy error along one trajectory beyond which it counts as diverging, as in NumPyro and Stan."""
+
+
+MAX_CORRECTION = 2.0
+"""Size of the corrections of the line integral along one trajectory beyond which its energy error is unknown."""
 
 
 class Point(NamedTuple):
@@ -81,11 +93,13 @@ class Trajectory(NamedTuple):
     kinetic_start: Scalar
     """Kinetic energy at the start."""
     energy_error: Scalar
-    """Potential and kinetic difference; infinite if the trajectory diverged."""
+    """Potential and kinetic difference; infinite if the trajectory diverged or is unresolved."""
     diverging: Flag
     """Whether it met something non-finite, or the energy error spread over more than `MAX_ENERGY_RANGE`."""
+    unresolved: Flag
+    """Whether the path was too coarse to know its energy error: the corrections reached `MAX_CORRECTION`."""
     num_evaluations: Count
-    """Evaluations made: the number of steps, fewer if the trajectory diverged."""
+    """Evaluations made: the number of steps, fewer if the trajectory diverged or is unresolved."""
 
 
 def evaluation(score_fn: Callable[[Leaves], Leaves], potential_fn: Callable[[Leaves], Scalar]) -> Evaluate:
@@ -113,7 +127,7 @@ def leapfrog(
     *,
     order: Order = 4,
 ) -> Trajectory:
-    """Follow Hamiltonian dynamics by leapfrog steps, one evaluation each; stops early only if it diverges.
+    """Follow Hamiltonian dynamics by leapfrog steps, one evaluation each; stops early only where it will be rejected.
 
     Args:
         evaluate: Evaluates a position.
@@ -160,6 +174,7 @@ def leapfrog(
             wedges=carry.wedges + wedge,
             first_wedge=jnp.where(carry.num_steps == 1, wedge, carry.first_wedge),
             last_wedge=wedge,
+            correction=carry.correction + jnp.abs(wedge) / 12,
             dx=dx,
             dg=dg,
             low=low,
@@ -168,7 +183,7 @@ def leapfrog(
         )
 
     path = jax.lax.while_loop(
-        lambda carry: (carry.num_steps < num_steps) & ~carry.diverging,
+        lambda carry: (carry.num_steps < num_steps) & ~carry.diverging & (carry.correction <= MAX_CORRECTION),
         step,
         _Path(
             num_steps=jnp.zeros((), int),
@@ -179,6 +194,7 @@ def leapfrog(
             wedges=zero,
             first_wedge=zero,
             last_wedge=zero,
+            correction=zero,
             dx=no_step,
             dg=no_step,
             low=zero,
@@ -192,13 +208,15 @@ def leapfrog(
     potential_difference = (path.point.potential - start.potential) - line_integral
     energy_error = potential_difference + (path.kinetic - kinetic_start)
     diverging = path.diverging | ~jnp.isfinite(energy_error)
+    unresolved = path.correction > MAX_CORRECTION
     return Trajectory(
         point=path.point,
         momentum=path.momentum,
         potential_difference=potential_difference,
         kinetic_start=kinetic_start,
-        energy_error=jnp.where(diverging, jnp.inf, energy_error),
+        energy_error=jnp.where(diverging | unresolved, jnp.inf, energy_error),
         diverging=diverging,
+        unresolved=unresolved,
         num_evaluations=path.num_steps,
     )
 
@@ -214,6 +232,7 @@ class _Path(NamedTuple):
     wedges: Scalar
     first_wedge: Scalar
     last_wedge: Scalar
+    correction: Scalar
     dx: Leaves
     dg: Leaves
     low: Scalar

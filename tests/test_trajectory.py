@@ -183,6 +183,42 @@ def test_non_finite_values_diverge(bad, where):
     assert end.num_evaluations == 3
 
 
+def test_coarse_paths_are_unresolved():
+    # From a steep flank leapfrog overshoots far into the flat tail, where the chords claim a gain of density.
+    def flank(position):
+        return Point(position, {"x": 1 - jnp.exp(position["x"])}, jnp.zeros(()), {"x": jnp.zeros_like(position["x"])})
+
+    def go(momentum, step_size):
+        start = {"x": jnp.array([3.0])}
+        return leapfrog(flank, unit_velocity, flank(start), {"x": jnp.array([momentum])}, step_size, 4)
+
+    coarse = go(0.5, 0.9)
+    assert coarse.unresolved
+    assert np.isinf(coarse.energy_error)
+    fine = go(0.5, 0.05)
+    assert not fine.unresolved
+    assert abs(fine.energy_error) < 0.2
+
+
+def test_unresolved_either_way(x64):
+    def flank(position):
+        return Point(position, {"x": 1 - jnp.exp(position["x"])}, jnp.zeros(()), {"x": jnp.zeros_like(position["x"])})
+
+    @jax.jit
+    def there_and_back(x, momentum):
+        there = leapfrog(flank, unit_velocity, flank({"x": x}), {"x": momentum}, 0.5, 4)
+        flipped = jax.tree.map(jnp.negative, there.momentum)
+        back = leapfrog(flank, unit_velocity, there.point, flipped, 0.5, 4)
+        return there.unresolved, back.unresolved, there.num_evaluations
+
+    rng = np.random.default_rng(0)
+    x, momentum = np.log(rng.exponential(size=(2000, 30))), rng.standard_normal((2000, 30))
+    there, back, num_steps = jax.vmap(there_and_back)(x, momentum)
+    complete = num_steps == 4
+    np.testing.assert_array_equal(there[complete], back[complete])
+    assert np.sum(there & complete) >= 10
+
+
 def test_lanes_of_different_length():
     lengths = jnp.array([1, 4, 7])
     batch = jax.vmap(lambda n: run(jnp.float32(0.1), n))(lengths)
