@@ -167,7 +167,7 @@ class DiffusionPrior(dist.Distribution):
     @property
     def support(self) -> constraints.Constraint:
         """All real arrays of the event's shape."""
-        return constraints.independent(constraints.real, self.event_dim)
+        return constraints.independent(constraints.real, self.event_dim) if self.event_dim else constraints.real
 
     @property
     def has_rsample(self) -> bool:
