@@ -18,6 +18,7 @@ from numpyro_rtk._inner._base import AbstractMarkovKernel, all_finite, select
 from numpyro_rtk._levels import Levels, Pilot
 from numpyro_rtk._reverse import SegmentGrid
 from numpyro_rtk._target import ReverseTransition
+from numpyro_rtk._trajectory import MAX_CORRECTION
 from numpyro_rtk._twist import evaluate_twist, LevelError, linearize_twist, Terms
 
 
@@ -146,7 +147,7 @@ class Posterior:
     def error(self, level: Count) -> LevelError:
         """The measured denoising error at a level."""
         residuals = [site.pilot.residuals[level] for site in self.sites]
-        flat = tuple(r.reshape(r.shape[0], -1) for r in residuals)
+        flat = tuple(r.reshape(r.shape[0], site.event_size) for r, site in zip(residuals, self.sites, strict=True))
         return LevelError(flat, self.mean_square[level])
 
     # Evaluations.
@@ -173,8 +174,10 @@ class Posterior:
 
     def log_prior_difference(self, here: Point, there: Point) -> Scalar:
         """`log p_t(there) - log p_t(here)`: exact where energies are known, otherwise by the trapezoid rule."""
-        if self.has_energy:
-            return here.energy - there.energy
+        return here.energy - there.energy if self.has_energy else self._chord(here, there)
+
+    @staticmethod
+    def _chord(here: Point, there: Point) -> Scalar:
         return 0.5 * jnp.sum((here.score + there.score) * (there.x - here.x))
 
     # Moves.
@@ -311,24 +314,32 @@ class Posterior:
 
         The prior's share of the energy error is the line integral of the score through the points of the path,
         by the rule that is exact where path and score are quadratic over two steps: fourth order in the step size at
-        no extra evaluation (the trapezoid rule would be of second order, as the leapfrog error that it should correct).
+        no extra evaluation (the trapezoid rule would be of second order, as the leapfrog error that it should correct;
+        see `numpyro_rtk._trajectory`).
         """
-        level = self.num_levels - 1
+        level = jnp.asarray(self.num_levels - 1)
         momentum_key, jitter_key, accept_key = jr.split(key, 3)
         momentum = jr.normal(momentum_key, point.x.shape, self.dtype)
         # Resonances: periodic directions must not come back to where they were.
         epsilon = step_size * jr.uniform(jitter_key, (), self.dtype, 0.6, 1.2)
 
         def leapfrog(carry: Any, is_second: Flag) -> tuple[Any, None]:
-            before, here, momentum, gained = carry
+            before, here, momentum, gained, corrected = carry
             momentum = momentum + 0.5 * epsilon * preconditioner.transpose(here.score + here.twist_score)
             new = self.evaluate(level, here.x + epsilon * preconditioner.apply(momentum))
             momentum = momentum + 0.5 * epsilon * preconditioner.transpose(new.score + new.twist_score)
-            gained += jnp.where(is_second, path_integral(before, here, new), 0.0)
-            return (here, new, momentum, gained), None
+            integral = path_integral(before, here, new)
+            chords = self._chord(before, here) + self._chord(here, new)
+            gained += jnp.where(is_second, integral, 0.0)
+            corrected += jnp.where(is_second, jnp.abs(integral - chords), 0.0)
+            return (here, new, momentum, gained, corrected), None
 
-        carry = (point, point, momentum, jnp.zeros((), self.dtype))
-        (_, end, end_momentum, gained), _ = jax.lax.scan(leapfrog, carry, jnp.arange(num_steps) % 2 == 1)
+        zero = jnp.zeros((), self.dtype)
+        (_, end, end_momentum, gained, corrected), _ = jax.lax.scan(
+            leapfrog, (point, point, momentum, zero, zero), jnp.arange(num_steps) % 2 == 1
+        )
+        # A path too coarse to know its energy error is rejected, the same in both directions.
+        gained = jnp.where(corrected < MAX_CORRECTION, gained, -jnp.inf)
         log_ratio = point.energy - end.energy if self.has_energy else gained
         log_ratio += end.log_twist - point.log_twist
         log_ratio += 0.5 * jnp.sum((momentum - end_momentum) * (momentum + end_momentum))

@@ -50,12 +50,14 @@ class RTKGibbs(Gibbs):
             )
         if isinstance(inner_kernel, RTKParticleGibbs):
             raise TypeError(
-                "`inner_kernel` samples the other latents, and `RTKParticleGibbs` samples diffusion sites: pass its options "
-                "to `RTKGibbs` itself, as in `RTKGibbs(NUTS(model), num_particles=8)`. Without other latents use `RTKParticleGibbs(model)` alone."
+                "`inner_kernel` samples the other latents, and `RTKParticleGibbs` samples diffusion sites: pass its options to "
+                "`RTKGibbs` itself, as in `RTKGibbs(NUTS(model), num_particles=8)`. Without other latents use "
+                "`RTKParticleGibbs(model)` alone."
             )
         self._user_model = model
         free = inner_kernel.wrap_model(without_diffusion)
-        particle_gibbs = RTKParticleGibbs(model, **options).wrap_model(lambda _: free.model)
+        free_model = getattr(free, "model")  # noqa: B009 - not every kernel has one
+        particle_gibbs = RTKParticleGibbs(model, **options).wrap_model(lambda _: free_model)
         super().__init__([(particle_gibbs, diffusion_site_names), (free, None)])
 
     @property
@@ -125,6 +127,5 @@ class RTKGibbs(Gibbs):
 
 def _chain_axes() -> GibbsState:
     """Axes of the chains in a state: everywhere but in what particle Gibbs shares between chains."""
-    fields: dict[str, Any] = dict.fromkeys(ParticleGibbsState._fields, 0)
-    block = ParticleGibbsState(**(fields | {"shared": None}))
+    block: Any = ParticleGibbsState(*(None if name == "shared" else 0 for name in ParticleGibbsState._fields))  # pyright: ignore
     return GibbsState(z=0, block_states=(block, 0), rng_key=0)  # pyright: ignore

@@ -331,7 +331,8 @@ def _log_prob(site: dict[str, Any]) -> Scalar:
 
 def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
     """Whitened residuals and log normalizer of a Gaussian site, or `None` if it is not Gaussian."""
-    fn, value = site["fn"], site["value"]
+    fn: Any = site["fn"]
+    value: Any = site["value"]
     if _site_scale(site) is not None or site["intermediates"]:
         return None
     mask: Any = True
@@ -347,7 +348,7 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
         scale = jnp.broadcast_to(fn.scale, jnp.shape(value))
         whitened = (value - fn.loc) / scale
         log_scale = jnp.log(scale) + 0.5 * jnp.log(2 * jnp.pi)
-        mask = jnp.broadcast_to(mask, jnp.shape(value))
+        mask = jnp.broadcast_to(jnp.asarray(mask), jnp.shape(value))
         whitened, log_scale = jnp.where(mask, whitened, 0.0), jnp.where(mask, log_scale, 0.0)
         return jnp.ravel(whitened), -jnp.sum(log_scale)
     if type(fn) is dist.MultivariateNormal:
@@ -355,7 +356,7 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
         scale_tril = jnp.broadcast_to(fn.scale_tril, (*jnp.shape(residual), jnp.shape(residual)[-1]))
         whitened = jax.scipy.linalg.solve_triangular(scale_tril, residual[..., None], lower=True)[..., 0]
         log_scale = jnp.log(jnp.diagonal(scale_tril, axis1=-2, axis2=-1)) + 0.5 * jnp.log(2 * jnp.pi)
-        mask = jnp.broadcast_to(mask, jnp.shape(value))
+        mask = jnp.broadcast_to(jnp.asarray(mask), jnp.shape(value))
         whitened, log_scale = jnp.where(mask, whitened, 0.0), jnp.where(mask, log_scale, 0.0)
         return jnp.ravel(whitened), -jnp.sum(log_scale)
     return None

@@ -154,8 +154,8 @@ class RTKParticleGibbs(MCMCKernel):
     the second gives the start and an estimate of the log evidence. `init_params` replaces the start.
 
     *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, and how often to refresh to which depth
-    (by the squared jump per evaluation). Nothing changes afterwards. If the effective sample size of a level is below 2 in
-    most sweeps, a warning names it when warmup ends.
+    (by the squared jump, per evaluation unless chains are vectorized and wait for the deepest). Nothing changes afterwards.
+    If the effective sample size of a level is below 2 in most sweeps, a warning names it when warmup ends.
 
     Args:
         model: A NumPyro model whose only unobserved sites, apart from those a composite conditions on, are `DiffusionPrior`
@@ -440,7 +440,7 @@ class RTKParticleGibbs(MCMCKernel):
         _, unflatten = self._terms(sites, args, kwargs)
         z = unflatten(x) if value is None else value
         log_local = jnp.log(jnp.asarray(0.3 * posterior.dim ** (-1 / 4), dtype))
-        init, _ = dual_averaging()
+        init: Any = dual_averaging()[0]
         averaging = (
             jax.vmap(jax.vmap(init))(jnp.log(step_size)),
             jax.vmap(init)(jnp.log(guided)),
@@ -514,7 +514,7 @@ class RTKParticleGibbs(MCMCKernel):
 
         def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
             posterior = self._posterior(sites, shared, state.adapt_state.log_beta, rebuild, model_args, kwargs)
-            return self._step(state, shared, sites, posterior)
+            return self._step(state, shared, sites, posterior, batched)
 
         # Arrays of the network and measurements have no chain axis.
         chain = state._replace(shared=None)  # pyright: ignore
@@ -524,7 +524,7 @@ class RTKParticleGibbs(MCMCKernel):
         return new._replace(shared=shared._replace(iteration=iteration))
 
     def _step(
-        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior
+        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior, batched: bool
     ) -> ParticleGibbsState:
         """One iteration of one chain: a pure function of the state."""
         next_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 4)
@@ -548,6 +548,9 @@ class RTKParticleGibbs(MCMCKernel):
             local_accept, diverging = local_info.accept_prob, diverging | local_info.diverging
             evaluations += self._local.num_evaluations
         costs = jax.vmap(lambda d: sweep_evaluations(posterior, d, self._num_particles, self._num_guided_steps))(depths)
+        if batched:
+            # Vectorized chains wait for the deepest of them.
+            costs = jnp.ones_like(costs)
         adapt_state = self._adapt(adapt, posterior, shared.iteration, info, local_accept, choice, jump, costs)
         z, start = {}, 0
         for site in sites:
@@ -614,7 +617,7 @@ class RTKParticleGibbs(MCMCKernel):
         change = jnp.where(visited[:-1] & visited[1:], gain * (share[:-1] - share[1:]), 0.0)
         log_beta = jnp.append(jnp.minimum(state.log_beta[:-1] + change, 0.0), 0.0)
 
-        # Depths: squared jump per evaluation, and a tenth of the time spread over those that ever moved.
+        # Depths: squared jump per cost, and a tenth of the time spread over those that ever moved.
         count = state.depth_count.at[choice].add(1.0)
         mean_jump = state.depth_jump.at[choice].add((jump - state.depth_jump[choice]) / count[choice])
         score = jnp.where(count > 0, mean_jump / costs, 0.0)
