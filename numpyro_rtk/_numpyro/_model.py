@@ -332,9 +332,11 @@ def _log_prob(site: dict[str, Any]) -> Scalar:
 def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
     """Whitened residuals and log normalizer of a Gaussian site, or `None` if it is not Gaussian."""
     fn: Any = site["fn"]
-    value: Any = site["value"]
     if _site_scale(site) is not None or site["intermediates"]:
         return None
+    # An observation may be smaller than its law, which then counts it once per element of the batch.
+    shape: tuple[int, ...] = jnp.broadcast_shapes(jnp.shape(site["value"]), fn.shape())
+    value = jnp.broadcast_to(site["value"], shape)
     mask: Any = True
     while isinstance(fn, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
         if isinstance(fn, dist.MaskedDistribution):
@@ -342,21 +344,19 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
                 flag = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * len(fn.event_shape))
             else:
                 flag = jnp.asarray(fn._mask)
-            mask = mask & flag
+            mask = flag if mask is True else jnp.logical_and(*jnp.broadcast_arrays(mask, flag))
         fn = fn.base_dist
+    shape = jnp.shape(value)
+    mask = jnp.broadcast_to(mask, shape)
     if isinstance(fn, dist.Normal):
-        scale = jnp.broadcast_to(fn.scale, jnp.shape(value))
-        whitened = (value - fn.loc) / scale
+        scale = jnp.broadcast_to(fn.scale, shape)
+        whitened = (value - jnp.broadcast_to(fn.loc, shape)) / scale
         log_scale = jnp.log(scale) + 0.5 * jnp.log(2 * jnp.pi)
-        mask = jnp.broadcast_to(jnp.asarray(mask), jnp.shape(value))
-        whitened, log_scale = jnp.where(mask, whitened, 0.0), jnp.where(mask, log_scale, 0.0)
-        return jnp.ravel(whitened), -jnp.sum(log_scale)
-    if type(fn) is dist.MultivariateNormal:
-        residual = value - fn.loc
-        scale_tril = jnp.broadcast_to(fn.scale_tril, (*jnp.shape(residual), jnp.shape(residual)[-1]))
+    elif type(fn) is dist.MultivariateNormal:
+        scale_tril = jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
+        residual = value - jnp.broadcast_to(fn.loc, shape)
         whitened = jax.scipy.linalg.solve_triangular(scale_tril, residual[..., None], lower=True)[..., 0]
         log_scale = jnp.log(jnp.diagonal(scale_tril, axis1=-2, axis2=-1)) + 0.5 * jnp.log(2 * jnp.pi)
-        mask = jnp.broadcast_to(jnp.asarray(mask), jnp.shape(value))
-        whitened, log_scale = jnp.where(mask, whitened, 0.0), jnp.where(mask, log_scale, 0.0)
-        return jnp.ravel(whitened), -jnp.sum(log_scale)
-    return None
+    else:
+        return None
+    return jnp.ravel(jnp.where(mask, whitened, 0.0)), -jnp.sum(jnp.where(mask, log_scale, 0.0))
