@@ -1,0 +1,165 @@
+"""Posteriors of mixture priors in closed form, and `Posterior` objects for them, for tests of particle Gibbs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from scipy import stats
+
+import numpyro_rtk as rtk
+from numpyro_rtk._inner._base import AbstractInnerKernel, SegmentResult
+from numpyro_rtk._levels import noise_levels, run_pilot
+from numpyro_rtk._posterior import Posterior, SiteLaw
+from numpyro_rtk._reverse import segment_grid
+from numpyro_rtk._schedule import segment_times
+from numpyro_rtk._twist import Terms
+
+
+class Mixture(NamedTuple):
+    """A Gaussian mixture."""
+
+    weights: np.ndarray
+    means: np.ndarray
+    covariances: np.ndarray
+
+    def at(self, alpha, sigma):
+        """The law noised to a level."""
+        eye = np.eye(self.means.shape[1])
+        return Mixture(self.weights, alpha * self.means, alpha**2 * self.covariances + sigma**2 * eye)
+
+    def given(self, operator, sd, y):
+        """Posterior given `y ~ N(operator x, sd^2)`, and the log evidence."""
+        operator, y = np.atleast_2d(operator), np.atleast_1d(y)
+        noise = np.eye(y.size) * sd**2
+        log_weights, means, covariances = [], [], []
+        for w, m, c in zip(*self, strict=True):
+            s = operator @ c @ operator.T + noise
+            gain = c @ operator.T @ np.linalg.inv(s)
+            log_weights.append(np.log(w) + stats.multivariate_normal.logpdf(y, operator @ m, s))
+            means.append(m + gain @ (y - operator @ m))
+            covariances.append(c - gain @ operator @ c)
+        log_weights = np.array(log_weights)
+        log_evidence = np.logaddexp.reduce(log_weights)
+        return Mixture(np.exp(log_weights - log_evidence), np.array(means), np.array(covariances)), log_evidence
+
+    def draw(self, rng, size):
+        """Exact draws."""
+        component = rng.choice(self.weights.size, size, p=self.weights / self.weights.sum())
+        roots = np.linalg.cholesky(self.covariances)
+        return self.means[component] + np.einsum("nij,nj->ni", roots[component], rng.standard_normal((size, self.means.shape[1])))
+
+    def cdf(self, direction, values):
+        """Distribution function of `direction @ x`."""
+        sd = np.sqrt(np.einsum("i,kij,j->k", direction, self.covariances, direction))
+        return stats.norm.cdf((np.asarray(values)[..., None] - self.means @ direction) / sd) @ self.weights
+
+    def mean(self):
+        return self.weights @ self.means
+
+    def variance(self):
+        """By coordinate."""
+        second = np.einsum("kii->ki", self.covariances) + self.means**2
+        return self.weights @ second - self.mean() ** 2
+
+    def score(self, schedule):
+        return rtk.GaussianMixtureScore(*self, schedule)
+
+
+DIRECTIONS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]]) / np.array([[1.0], [1.0], [np.sqrt(2)], [np.sqrt(2)]])
+
+
+def p_values(draws, law, cut):
+    """P-values of independent draws in the plane against a mixture.
+
+    Kolmogorov-Smirnov in four directions, squared normal scores in each (KS is blind to small errors of scale), and the
+    binomial test of the half plane `x_0 > cut`, which is a mode indicator.
+    """
+    draws = np.asarray(draws, np.float64)
+    assert np.all(np.isfinite(draws))
+    result = []
+    for direction in DIRECTIONS:
+        u = law.cdf(direction, draws @ direction)
+        result.append(stats.kstest(u, "uniform").pvalue)
+        squares = stats.norm.ppf(np.clip(u, 1e-12, 1 - 1e-12)) ** 2
+        result.append(2 * stats.norm.sf(abs(squares.mean() - 1) / np.sqrt(2 / len(u))))
+    above = int((draws[:, 0] > cut).sum())
+    share = 1 - float(law.cdf(DIRECTIONS[0], np.array([cut]))[0])
+    result.append(stats.binomtest(above, len(draws), share).pvalue)
+    return np.array(result)
+
+
+def make_law(score, schedule, shape, *, times=None, segments=8, batch_size=1, num_draws=256, draws=None, has_energy=True):
+    """A site's law, its levels measured from exact draws where given."""
+    times = segment_times(schedule, segments) if times is None else times
+    levels = noise_levels(schedule, times, jnp.result_type(float))
+    if draws is None:
+        draws = score.sample(jr.key(100), num_draws, levels.t[-1])
+    pilot = jax.jit(lambda draws: run_pilot(jr.key(101), score, levels, draws))(draws)
+    grid = segment_grid(schedule, times, jnp.result_type(float))
+    return SiteLaw(score, has_energy, grid, levels, pilot, shape, batch_size)
+
+
+def linear_terms(operator, sd, y):
+    """Terms of `y ~ N(operator x, sd^2)`."""
+    operator, y, sd = jnp.asarray(operator), jnp.asarray(y), jnp.broadcast_to(jnp.asarray(sd), jnp.shape(y))
+
+    def terms(x):
+        log_normalizer = -jnp.sum(jnp.log(sd) + 0.5 * jnp.log(2 * jnp.pi))
+        return Terms((y - operator @ x) / sd, log_normalizer, jnp.zeros(()))
+
+    return terms
+
+
+def tempered(terms):
+    """The same likelihood, nothing of which is taken for Gaussian."""
+
+    def all_other(x):
+        whitened, log_normalizer, other = terms(x)
+        return Terms(jnp.zeros(0), jnp.zeros(()), log_normalizer + other - 0.5 * jnp.sum(whitened**2))
+
+    return all_other
+
+
+def constant_terms(x):
+    """A likelihood that knows nothing."""
+    return Terms(jnp.zeros(0), jnp.zeros(()), 0.0 * jnp.sum(x))
+
+
+def make_posterior(law, terms, inner, log_beta=None, cls=Posterior):
+    num_levels = law.levels.t.shape[0]
+    return cls((law,), terms, inner, jnp.zeros(num_levels) if log_beta is None else jnp.asarray(log_beta))
+
+
+class ExactReverse(AbstractInnerKernel):
+    """Draws the reverse transition of a mixture prior from its closed form: an inner kernel without any error."""
+
+    mixture: Mixture
+    schedule: rtk.AbstractNoiseSchedule
+    uses_score_at_start = False
+    adapts_step_size = False
+    needs_energy = False
+    evaluations_per_segment = 0
+
+    def default_step_size(self, precision, dim):
+        del dim
+        return jnp.ones_like(precision)
+
+    def run_segment(self, key, target, entry, tuning):
+        del tuning
+        pick_key, noise_key = jr.split(key)
+        alpha, sigma = self.schedule.alpha(target.s), self.schedule.sigma(target.s)
+        weights, means, covariances = (jnp.asarray(part, target.x_t.dtype) for part in self.mixture)
+        eye = jnp.eye(means.shape[1])[None]
+        means, covariances = alpha * means, alpha**2 * covariances + sigma**2 * eye
+        noised = target.a**2 * covariances + target.v * eye
+        residual = target.x_t[None] - target.a * means
+        whitened = jnp.linalg.solve(noised, residual[..., None])[..., 0]
+        log_weights = jnp.log(weights) - 0.5 * (jnp.sum(residual * whitened, -1) + jnp.linalg.slogdet(noised)[1])
+        k = jr.categorical(pick_key, log_weights)
+        mean = means[k] + target.a * covariances[k] @ whitened[k]
+        root = jnp.linalg.cholesky(covariances[k] - target.a**2 * covariances[k] @ jnp.linalg.solve(noised[k], covariances[k]))
+        x = mean + root @ jr.normal(noise_key, mean.shape)
+        no, zero = jnp.zeros((), bool), jnp.zeros_like(x)
+        return SegmentResult(x, zero, entry, jnp.ones(()), zero, no, no)

@@ -1,0 +1,308 @@
+"""Exact draws stay exact under every move of particle Gibbs, and broken moves are caught.
+
+The prior is a skewed, anisotropic mixture in the plane; its posterior given a linear observation with Gaussian noise is a
+mixture in closed form. Independent exact draws of it take one move each. If the move leaves the posterior invariant they are
+exact draws again, so that Kolmogorov-Smirnov and binomial tests have their textbook null.
+
+Reverse transitions are drawn from their closed form here, so that what is tested is particle Gibbs itself, without the error of
+an inner kernel.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import numpyro_rtk as rtk
+from numpyro_rtk import _particle_gibbs
+from numpyro_rtk._particle_gibbs import conditional_sweep, SweepTuning
+from numpyro_rtk._posterior import Posterior
+from numpyro_rtk._resampling import conditional_systematic, forced_move, normalized_weights, systematic
+from numpyro_rtk._twist import Terms
+from tests.particles import ExactReverse, linear_terms, make_law, make_posterior, Mixture, p_values
+
+
+# Probability that a right library fails any check in this file, and the number of p-values it takes.
+FALSE_ALARM_RATE = 1e-4
+NUM_P_VALUES = 1000
+P_MIN = FALSE_ALARM_RATE / NUM_P_VALUES
+NUM_CHAINS = 20_000
+NUM_SEGMENTS = 6
+SCHEDULE = rtk.OU()
+
+DATA = Mixture(
+    np.array([0.25, 0.75]),
+    np.array([[-1.2, 0.5], [1.0, -0.3]]),
+    np.array([[[0.30, 0.10], [0.10, 0.08]], [[0.06, -0.04], [-0.04, 0.25]]]),
+)
+
+
+def at_level(mixture, t):
+    return mixture.at(float(SCHEDULE.alpha(t)), float(SCHEDULE.sigma(t)))
+
+
+PRIOR = at_level(DATA, SCHEDULE.t_min)
+OPERATOR, NOISE_SD, OBSERVED = np.array([[0.6, 0.9]]), 0.25, np.array([0.15])
+POSTERIOR, _ = PRIOR.given(OPERATOR, NOISE_SD, OBSERVED)
+CUT = 0.0
+GAUSSIAN = linear_terms(OPERATOR, NOISE_SD, OBSERVED)
+
+
+@functools.cache
+def law():
+    return make_law(DATA.score(SCHEDULE), SCHEDULE, (2,), segments=NUM_SEGMENTS)
+
+
+def exact_draws(exact, seed=0):
+    return jnp.asarray(exact.draw(np.random.default_rng(seed), NUM_CHAINS), jnp.result_type(float))
+
+
+def posterior_of(informed, log_beta, twist="gaussian", cls=Posterior):
+    """`informed` is 1, or 0 for a constant likelihood, with any twist."""
+
+    def terms(x):
+        whitened, log_normalizer, _ = GAUSSIAN(x)
+        if twist == "gaussian":
+            return Terms(informed * whitened, informed * log_normalizer, jnp.zeros(()))
+        return Terms(jnp.zeros(0), jnp.zeros(()), informed * (log_normalizer - 0.5 * jnp.sum(whitened**2)))
+
+    return make_posterior(law(), terms, ExactReverse(DATA, SCHEDULE), log_beta, cls)
+
+
+# Whatever the powers of a tempered twist are, the law stays: these go up and down between levels, above 1, too.
+SENSIBLE = np.linspace(-3.0, 0.0, NUM_SEGMENTS + 1)
+BAD = np.array([0.4, -6.0, 0.3, -4.0, 0.4, -9.0, 0.0])
+ROUGH = np.array([-3.0, -1.5, -1.0, -1.0, 1.5, 1.0, 0.0])
+DEPTHS = {"one level": 1, "half": 3, "almost full": NUM_SEGMENTS, "full": NUM_SEGMENTS + 1}
+
+
+@functools.cache
+def compiled(twist, num_particles, num_guided_steps, cls=Posterior, broken=False):
+    """One sweep of a batch of chains; `broken` keeps programs with changed parts apart."""
+    del broken
+    law()  # not while tracing
+
+    @jax.jit
+    def run(keys, x, depth, informed, log_beta, guided_step_size, change):
+        Tampering.change = change
+        tuning = SweepTuning(jnp.ones((NUM_SEGMENTS, 1)), jnp.full(NUM_SEGMENTS, guided_step_size))
+        posterior = posterior_of(informed, log_beta, twist, cls)
+
+        def one(key, x):
+            point = posterior.evaluate(jnp.asarray(NUM_SEGMENTS), x)
+            reference = jnp.asarray([0.3, 0.0])
+            return conditional_sweep(key, posterior, tuning, reference, point, depth, num_particles, num_guided_steps)
+
+        points, info = jax.vmap(one)(keys, x)
+        return points.x, info
+
+    return run
+
+
+def sweep(program, depth, *, informed=1.0, log_beta=SENSIBLE, guided_step_size=0.5, change=0, seed=0):
+    """Exact draws after one sweep: p-values, and what the sweeps report."""
+    exact = POSTERIOR if informed else PRIOR
+    x = exact_draws(exact, seed)
+    keys = jr.split(jr.key(seed), NUM_CHAINS)
+    moved, info = program(keys, x, depth, informed, jnp.asarray(log_beta), guided_step_size, change)
+    return p_values(moved, exact, CUT), info
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("informed", [1.0, 0.0])
+def test_exact_draws_stay_exact_under_sweeps(depth, informed):
+    p, info = sweep(compiled("gaussian", 4, 1), DEPTHS[depth], informed=informed)
+    assert p.min() > P_MIN, p
+    assert np.mean(info.changed) > 0.3
+    assert np.mean(info.guided_accept_prob[:, -1]) < 0.97  # guided moves do reject
+    assert not np.any(info.diverging)
+
+
+@pytest.mark.parametrize("depth", ["half", "full"])
+@pytest.mark.parametrize(("powers", "informed"), [("sensible", 1.0), ("bad", 1.0), ("sensible", 0.0)])
+def test_exact_draws_stay_exact_under_sweeps_with_tempered_twists(powers, informed, depth):
+    log_beta = {"sensible": SENSIBLE, "bad": BAD}[powers]
+    p, info = sweep(compiled("tempered", 4, 1), DEPTHS[depth], informed=informed, log_beta=log_beta)
+    assert p.min() > P_MIN, p
+    assert np.mean(info.changed) > 0.1
+
+
+@pytest.mark.parametrize("depth", ["half", "full"])
+def test_exact_draws_stay_exact_under_sweeps_of_two_particles(depth):
+    p, info = sweep(compiled("tempered", 2, 0), DEPTHS[depth], log_beta=BAD)
+    assert p.min() > P_MIN, p
+    assert np.mean(info.changed) > 0.1
+
+
+class Tampering:
+    """Parts of the sweep changed at run time, so that all controls share one program."""
+
+    change = 0
+    KINDS = ("none", "inverted", "not pinned", "pin left out of the choice", "wrong level", "always accepted")
+
+    @classmethod
+    def choose(cls, kind, broken, right):
+        flag = cls.change == cls.KINDS.index(kind)
+        return jax.tree.map(lambda x, y: jnp.where(flag, x, y), broken, right)
+
+    @classmethod
+    def normalized_weights(cls, log_weights):
+        return cls.choose("inverted", normalized_weights(-log_weights), normalized_weights(log_weights))
+
+    @classmethod
+    def conditional_systematic(cls, key, weights):
+        # Without a pinned particle, what is left is ordinary SMC started at an exact draw.
+        return cls.choose("not pinned", systematic(key, weights.at[0].set(0.0)), conditional_systematic(key, weights))
+
+    @classmethod
+    def difference(cls, new, old):
+        return cls.choose("wrong level", new, new - old)
+
+    @classmethod
+    def forced_move(cls, key, weights):
+        return cls.choose("pin left out of the choice", 1 + jr.categorical(key, jnp.log(weights[1:])), forced_move(key, weights))
+
+
+class Tampered(Posterior):
+    """Moves without an accept step."""
+
+    def _accept(self, key, point, proposal, log_ratio):
+        return super()._accept(
+            key, point, proposal, Tampering.choose("always accepted", jnp.full_like(log_ratio, 1e9), log_ratio)
+        )
+
+
+@pytest.fixture(scope="module")
+def tampered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_particle_gibbs, "normalized_weights", Tampering.normalized_weights)
+        patch.setattr(_particle_gibbs, "conditional_systematic", Tampering.conditional_systematic)
+        patch.setattr(_particle_gibbs, "forced_move", Tampering.forced_move)
+        patch.setattr(_particle_gibbs, "_difference", Tampering.difference)
+        program = compiled("tempered", 4, 1, Tampered, True)
+        sweep(program, 2)  # traces it
+        yield program
+
+
+@pytest.mark.parametrize("kind", Tampering.KINDS)
+def test_broken_sweeps_are_caught(tampered, kind):
+    # Where a change of weights shows depends on the twists.
+    options = {"log_beta": SENSIBLE if kind == "wrong level" else ROUGH, "guided_step_size": 1.5}
+    p, _ = sweep(tampered, DEPTHS["half"], change=Tampering.KINDS.index(kind), **options)
+    assert (p.min() > P_MIN) if kind == "none" else (p.min() < 1e-3 * P_MIN), p
+
+
+# Gradient moves, each on its own.
+
+GAUSSIAN_PRIOR = Mixture(np.ones(1), np.array([[0.3, -0.5]]), np.array([[[0.5, 0.3], [0.3, 0.4]]]))
+MIDDLE = 4
+REFERENCE = np.array([0.5, 0.2])
+
+
+@functools.cache
+def gaussian_law():
+    # Many exact draws: the covariance of the twist is the measured one, here nearly the true one.
+    return make_law(GAUSSIAN_PRIOR.score(SCHEDULE), SCHEDULE, (2,), segments=NUM_SEGMENTS, num_draws=2000)
+
+
+def level_target(posterior, level):
+    """`p_t G_t` of a Gaussian prior in closed form: with a Gaussian twist it is Gaussian."""
+
+    def log_density(x):
+        point = posterior.evaluate(jnp.asarray(level), x)
+        return point.log_twist - point.energy
+
+    with jax.enable_x64(False):
+        gradient = np.asarray(jax.grad(log_density)(jnp.zeros(2)), np.float64)
+        precision = -np.asarray(jax.hessian(log_density)(jnp.zeros(2)), np.float64)
+    covariance = np.linalg.inv(precision)
+    return Mixture(np.ones(1), (covariance @ gradient)[None], covariance[None])
+
+
+class Move:
+    """A move on its own, started from exact draws of its level's target."""
+
+    def __init__(self, name, level, law, terms, target, move):
+        self.name, self.level, self.law, self.terms, self.target, self.move = name, level, law, terms, target, move
+
+
+def guided(posterior, key, point, preconditioner, level):
+    return posterior.mala_steps(key, jnp.asarray(level), point, preconditioner, jnp.asarray(0.7), 3)
+
+
+def local(kernel, step_size):
+    def move(posterior, key, point, preconditioner, level):
+        del level
+        return kernel(key, posterior, point, preconditioner, jnp.asarray(step_size))
+
+    return move
+
+
+def constant(x):
+    return Terms(jnp.zeros(0), jnp.zeros(()), 0.0 * jnp.sum(x))
+
+
+@functools.cache
+def moves(name):
+    times = np.asarray(law().levels.t)
+    if name == "guided, middle level, prior":
+        return Move(name, MIDDLE, law(), constant, at_level(DATA, times[MIDDLE]), guided)
+    if name == "guided, middle level, Gaussian":
+        target = level_target(make_posterior(gaussian_law(), GAUSSIAN, ExactReverse(GAUSSIAN_PRIOR, SCHEDULE)), MIDDLE)
+        return Move(name, MIDDLE, gaussian_law(), GAUSSIAN, target, guided)
+    last = {
+        "guided, last level": guided,
+        "LocalMALA": local(rtk.LocalMALA(num_steps=3), 0.7),
+        "LocalHMC": local(rtk.LocalHMC(num_steps=4, num_trajectories=2), 0.9),
+    }
+    return Move(name, NUM_SEGMENTS, law(), GAUSSIAN, POSTERIOR, last[name])
+
+
+MOVES = ["guided, middle level, prior", "guided, middle level, Gaussian", "guided, last level", "LocalMALA", "LocalHMC"]
+
+
+class Unadjusted(Posterior):
+    def _accept(self, key, point, proposal, log_ratio):
+        return super()._accept(key, point, proposal, jnp.full_like(log_ratio, 1e9))
+
+
+class OtherLevel(Posterior):
+    """Moves on the target of the level above."""
+
+    def evaluate(self, level, x):
+        return super().evaluate(level - 1, x)
+
+
+def after_move(name, cls=Posterior):
+    move = moves(name)
+    posterior = make_posterior(move.law, move.terms, ExactReverse(DATA, SCHEDULE), cls=cls)
+
+    @jax.jit
+    def run(keys, x):
+        preconditioner = posterior.preconditioner(jnp.asarray(move.level), jnp.asarray(REFERENCE, x.dtype))
+
+        def one(key, x):
+            return move.move(posterior, key, posterior.evaluate(jnp.asarray(move.level), x), preconditioner, move.level)
+
+        points, info = jax.vmap(one)(keys, x)
+        return points.x, info.accept_prob
+
+    moved, accept_prob = run(jr.split(jr.key(1), NUM_CHAINS), exact_draws(move.target))
+    return p_values(moved, move.target, CUT), float(np.mean(accept_prob))
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_exact_draws_stay_exact_under_gradient_moves(name):
+    p, accept_prob = after_move(name)
+    assert p.min() > P_MIN, p
+    assert 0.4 < accept_prob < 0.98, accept_prob
+
+
+@pytest.mark.parametrize("cls", [Unadjusted, OtherLevel])
+@pytest.mark.parametrize("name", MOVES)
+def test_broken_gradient_moves_are_caught(name, cls):
+    p, _ = after_move(name, cls)
+    assert p.min() < 1e-3 * P_MIN, p
