@@ -93,8 +93,8 @@ def conditional_sweep(
         tuning: Step sizes.
         reference: Where twists are linearised for the guided moves' preconditioners, shape `(dim,)`; must not depend on the draw.
         point: The current draw, evaluated at the last level.
-        depth: Levels to refresh, 1 to `num_levels`: all of them, the noisiest included, is a full sweep; fewer start all
-            particles from the pinned path's point `depth` levels above the data.
+        depth: Levels to refresh, 0 (nothing is done) to `num_levels`: all of them, the noisiest included, is a full sweep;
+            fewer start all particles from the pinned path's point `depth` levels above the data.
         num_particles: At least 2, the pinned one included.
         num_guided_steps: MALA steps per level above the data.
     """
@@ -144,7 +144,8 @@ def conditional_sweep(
         everyone = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), _at(arrive, level), points)
         preconditioner = posterior.preconditioner(level, reference)
         move = jax.vmap(lambda key, point: guided(key, level, point, preconditioner))
-        points, moved = move(jr.split(move_key, num_free), _at(everyone, ancestors))
+        points = posterior.prepared(level, _at(everyone, ancestors))
+        points, moved = move(jr.split(move_key, num_free), points)
         step_size = tuning.reverse_step_size[level]
         reverse = jax.vmap(lambda key, point: posterior.reverse(key, level, point, step_size))
         new, info = reverse(jr.split(reverse_key, num_free), points)
@@ -170,10 +171,10 @@ def conditional_sweep(
     everyone = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), point, points)
     share = num_free / num_particles
     return _at(everyone, chosen), SweepInfo(
-        effective_sample_size=all_ess.at[last].set(effective_sample_size(log_weights)),
+        effective_sample_size=all_ess.at[last].set(jnp.where(depth > 0, effective_sample_size(log_weights), jnp.nan)),
         accept_prob=inner_accept,
         guided_accept_prob=(share * guided_accept + (1 - share) * up_accept)[:-1],
-        changed=chosen != 0,
+        changed=(chosen != 0) & (depth > 0),
         diverging=diverging,
     )
 
@@ -191,7 +192,8 @@ def sweep_evaluations(posterior: Posterior, depth: Count, num_particles: int, nu
     """
     num_free, last = num_particles - 1, posterior.num_levels - 1
     transitions = jnp.minimum(depth, last)
-    per_level = num_guided_steps + 1 + num_free * (num_guided_steps + posterior.evaluations_per_reverse)
+    per_particle = num_guided_steps + posterior.evaluations_per_reverse + posterior.evaluations_to_prepare
+    per_level = num_guided_steps + 1 + num_free * per_particle
     return transitions * per_level + jnp.where(depth > last, num_free, 0)
 
 
@@ -243,6 +245,7 @@ def unconditional_sweep(
         now = posterior_with(posterior, log_beta)
         # With another power the twist has another gradient.
         points = jax.vmap(lambda p: now.with_twist(level, p.x, p.score, p.energy))(points)
+        points = now.prepared(level, points)
         preconditioner = now.preconditioner(level, reference)
 
         def move(carry: Any, inputs: Any) -> Any:
@@ -250,7 +253,7 @@ def unconditional_sweep(
             key, i = inputs
             one = jax.vmap(lambda k, p: now.mala(k, level, p, preconditioner, jnp.exp(log_step)))
             points, info = one(jr.split(key, num_particles), points)
-            change = 2.0 / jnp.sqrt(i + 1.0) * (jnp.mean(info.accept_prob) - target_accept_prob)
+            change = 1.5 / jnp.sqrt(i + 1.0) * (jnp.mean(info.accept_prob) - target_accept_prob)
             return (points, jnp.where(adapt, jnp.minimum(log_step + change, jnp.log(max_step)), log_step)), None
 
         keys = jr.split(move_key, num_guided_steps)
@@ -280,7 +283,7 @@ def unconditional_sweep(
 
 def posterior_with(posterior: Posterior, log_beta: Array) -> Posterior:
     """The same with other powers."""
-    return Posterior(posterior.sites, posterior.terms, posterior.inner, log_beta)
+    return Posterior(posterior.sites, posterior.terms, posterior.inner, log_beta, jacobian=posterior.jacobian)
 
 
 def max_step_size(posterior: Posterior) -> float:

@@ -56,7 +56,7 @@ class Point(NamedTuple):
     log_twist: Scalar
     """`log G_t`."""
     twist_score: Array
-    """Gradient of `log G_t`; above `t_min` the Jacobian of the denoiser is replaced by its mean, so that it only proposes."""
+    """Gradient of `log G_t`, exact at `t_min`; above, with the denoiser's Jacobian or its mean, so that it only proposes."""
     other: Scalar
     """Log probability of what the twist tempers, at the denoised point."""
 
@@ -104,12 +104,20 @@ class Posterior:
         terms: The likelihood of a flat vector.
         inner: Inner kernel of the reverse transitions.
         log_beta: Powers of what twists temper, shape `(levels,)`, 0 at the last level.
+        jacobian: Whether gradients of twists go through the denoiser (one vector-Jacobian product an evaluation) rather
+            than use the mean slope of each coordinate.
     """
 
     def __init__(
-        self, sites: tuple[SiteLaw, ...], terms: Callable[[Array], Terms], inner: AbstractInnerKernel, log_beta: Array
+        self,
+        sites: tuple[SiteLaw, ...],
+        terms: Callable[[Array], Terms],
+        inner: AbstractInnerKernel,
+        log_beta: Array,
+        *,
+        jacobian: bool = False,
     ) -> None:
-        self.sites, self.terms, self.inner, self.log_beta = sites, terms, inner, log_beta
+        self.sites, self.terms, self.inner, self.log_beta, self.jacobian = sites, terms, inner, log_beta, jacobian
         self.num_levels = sites[0].levels.t.shape[0]
         self.dim = sum(site.size for site in sites)
         self.dtype = sites[0].levels.t.dtype
@@ -154,6 +162,15 @@ class Posterior:
 
     def evaluate(self, level: Count, x: Array) -> Point:
         """One evaluation of every prior's score at `x`, and the twist there."""
+        if not self.jacobian:
+            return self.with_twist(level, x, *self.scores(level, x))
+        score, pullback, energy = jax.vjp(lambda x: self.scores(level, x), x, has_aux=True)
+        point = self._with_twist(level, x, score, energy)
+        (through,) = pullback(self.v[level] * point.twist_score)
+        return point._replace(twist_score=(point.twist_score + through) / self.a[level])
+
+    def scores(self, level: Count, x: Array) -> tuple[Array, Scalar]:
+        """Scores of all sites, and their energy where all know it."""
         scores, energy = [], jnp.zeros((), self.dtype)
         for site, part in zip(self.sites, self.events(x), strict=True):
             t = site.levels.t[level]
@@ -163,14 +180,28 @@ class Posterior:
             else:
                 score = jax.vmap(lambda x, fn=site.score_fn, t=t: fn(x, t))(part)
             scores.append(score)
-        return self.with_twist(level, x, self.flat(scores), energy)
+        return self.flat(scores), energy
 
     def with_twist(self, level: Count, x: Array, score: Array, energy: Scalar) -> Point:
-        """The twist at a point whose score is known: no evaluation."""
+        """The twist at a point whose score is known: no evaluation; its gradient by the mean slope of the denoiser."""
+        point = self._with_twist(level, x, score, energy)
+        return point._replace(twist_score=self.denoiser_slope[level] * point.twist_score)
+
+    def _with_twist(self, level: Count, x: Array, score: Array, energy: Scalar) -> Point:
+        """The same, with the gradient by the denoised point."""
         prediction = (x + self.v[level] * score) / self.a[level]
         twist = evaluate_twist(self.terms, prediction, self.error(level), jnp.exp(self.log_beta[level]), self.blocks)
         log_twist = jnp.where(jnp.isnan(twist.log_value), -jnp.inf, twist.log_value)
-        return Point(x, score, energy, log_twist, self.denoiser_slope[level] * twist.gradient, twist.other)
+        return Point(x, score, energy, log_twist, twist.gradient, twist.other)
+
+    def prepared(self, level: Count, points: Point) -> Point:
+        """Points from reverse transitions with the gradient that moves need: one evaluation each through the denoiser."""
+        return jax.vmap(lambda x: self.evaluate(level, x))(points.x) if self.jacobian else points
+
+    @property
+    def evaluations_to_prepare(self) -> int:
+        """Score evaluations of `prepared` per particle."""
+        return 1 if self.jacobian else 0
 
     def log_prior_difference(self, here: Point, there: Point) -> Scalar:
         """`log p_t(there) - log p_t(here)`: exact where energies are known, otherwise by the trapezoid rule."""
@@ -326,7 +357,8 @@ class Posterior:
         def leapfrog(carry: Any, is_second: Flag) -> tuple[Any, None]:
             before, here, momentum, gained, corrected = carry
             momentum = momentum + 0.5 * epsilon * preconditioner.transpose(here.score + here.twist_score)
-            new = self.evaluate(level, here.x + epsilon * preconditioner.apply(momentum))
+            x = here.x + epsilon * preconditioner.apply(momentum)
+            new = self.with_twist(level, x, *self.scores(level, x))
             momentum = momentum + 0.5 * epsilon * preconditioner.transpose(new.score + new.twist_score)
             integral = path_integral(before, here, new)
             chords = self._chord(before, here) + self._chord(here, new)

@@ -1,5 +1,6 @@
 """`DiffusionPrior`: a diffusion model where any NumPyro distribution may stand."""
 
+import contextlib
 import math
 import weakref
 from typing import Any
@@ -21,6 +22,7 @@ from numpyro_rtk._custom_types import Event, RandomKey
 from numpyro_rtk._density import (
     AbstractLogDensity,
     EnergyDensity,
+    LineIntegral,
     log_density_with_score,
     NoiseRange,
     ProbabilityFlow,
@@ -48,6 +50,14 @@ _LEARNT: weakref.WeakValueDictionary[Any, _Learnt] = weakref.WeakValueDictionary
 
 def _nothing(*args: Any) -> None:
     del args
+
+
+def _default_density(score_fn: Any, event_shape: Any) -> AbstractLogDensity:
+    """The most exact density that the score allows; an estimated trace would mislead a sampler without a sign of it."""
+    if callable(getattr(score_fn, "energy", None)):
+        return EnergyDensity()
+    flow = ProbabilityFlow()
+    return flow if math.prod(event_shape) <= flow.max_exact_dim else LineIntegral()
 
 
 class DiffusionPrior(dist.Distribution):
@@ -81,7 +91,7 @@ class DiffusionPrior(dist.Distribution):
             noise and the data also for `log_prob`. `None`: 32, or every step of a discrete schedule that has fewer.
         inner: The inner kernel of a draw; `None` is `PreconditionedMALA()`.
         density: `EnergyDensity()`, `ProbabilityFlow()` or `LineIntegral()`; `None`: the first if `score_fn` has a method
-            `energy`, else the second.
+            `energy`, else the second where its trace is exact (up to 100 dimensions), else the third.
         validate_args: As in every NumPyro distribution.
 
     Raises:
@@ -116,7 +126,7 @@ class DiffusionPrior(dist.Distribution):
         inner = PreconditionedMALA() if inner is None else inner
         _checks.check_inner(inner, score_fn, times.size - 1)
         if density is None:
-            density = EnergyDensity() if callable(getattr(score_fn, "energy", None)) else ProbabilityFlow()
+            density = _default_density(score_fn, shape)
         if not isinstance(density, AbstractLogDensity):
             hint = f" Did you mean `{density.__name__}()`?" if isinstance(density, type) else ""
             raise TypeError(f"`density` must be a log density such as `ProbabilityFlow()`, got {density!r}.{hint}")
@@ -269,12 +279,14 @@ class DiffusionPrior(dist.Distribution):
         if any(isinstance(const, Tracer) for const in consts):
             return self._pilot(grid, dtype)
         with jax.ensure_compile_time_eval():
+            # Inside, so that nothing here belongs to a trace that is under way.
+            grid = segment_grid(self.schedule, self.segment_times, dtype)
             _checks.check_first_call(self.score_fn, grid, self.event_shape, dtype, (), {})
             curvature, profile = jax.jit(self._pilot, static_argnums=1)(grid, dtype)
-        try:
-            _LEARNT[key] = _Learnt(self.score_fn, curvature, profile)
-        except TypeError:
-            pass  # A callable that cannot be referred to weakly is learnt from at each call.
+        if not isinstance(curvature, Tracer):
+            # A callable that cannot be referred to weakly is learnt from at each call.
+            with contextlib.suppress(TypeError):
+                _LEARNT[key] = _Learnt(self.score_fn, curvature, profile)
         return curvature, profile
 
     def _pilot(self, grid: SegmentGrid, dtype: Any) -> tuple[Array, Array]:

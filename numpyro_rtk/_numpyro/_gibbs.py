@@ -109,12 +109,14 @@ class RTKGibbs(Gibbs):
         """One sweep over both blocks, for one chain or a batch of them."""
         if is_prng_key(state.rng_key):
             return super().sample(state, model_args, model_kwargs)
-        axes = _chain_axes()
 
         def one(state: GibbsState) -> GibbsState:
-            return super(RTKGibbs, self).sample(state, model_args, model_kwargs)
+            return _with_shared(super(RTKGibbs, self).sample(state, model_args, model_kwargs), None)
 
-        return jax.vmap(one, in_axes=(axes,), out_axes=axes)(state)
+        # NumPyro's `Gibbs` refreshes blocks by a `cond`, which gives everything a chain axis; what chains share needs none.
+        shared = state.block_states[0].shared
+        new = jax.vmap(one, in_axes=(_chain_axes(),))(state)
+        return _with_shared(new, shared._replace(iteration=shared.iteration + 1))
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "RTKGibbs":
         """A copy whose model is `wrapper(model)`."""
@@ -123,6 +125,11 @@ class RTKGibbs(Gibbs):
         kernel = copy.copy(kernel)
         kernel._user_model = wrapper(self._user_model)
         return kernel
+
+
+def _with_shared(state: GibbsState, shared: Any) -> GibbsState:
+    block: Any = state.block_states[0]
+    return state._replace(block_states=(block._replace(shared=shared), *state.block_states[1:]))
 
 
 def _chain_axes() -> GibbsState:

@@ -335,10 +335,11 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
     if _site_scale(site) is not None or site["intermediates"]:
         return None
     # An observation may be smaller than its law, which then counts it once per element of the batch.
-    shape: tuple[int, ...] = jnp.broadcast_shapes(jnp.shape(site["value"]), fn.shape())
+    shape: Any = jnp.broadcast_shapes(jnp.shape(site["value"]), fn.shape())
     value = jnp.broadcast_to(site["value"], shape)
     mask: Any = True
-    while isinstance(fn, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
+    wrappers: Any = dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution
+    while isinstance(fn, wrappers):
         if isinstance(fn, dist.MaskedDistribution):
             if fn.event_shape:  # the mask is over events
                 flag = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * len(fn.event_shape))

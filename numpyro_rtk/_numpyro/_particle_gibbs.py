@@ -5,7 +5,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,10 @@ DEFAULT_LEVEL_SEGMENTS = 24
 DEPTH_FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
 """Depths of the refreshes that warmup chooses among, as fractions of the levels."""
 
-START_GUIDED_STEPS = 8
-"""Guided MALA steps per level of the sweeps that find a start."""
-
 MIN_STEP_SIZE, MAX_LOCAL_STEP_SIZE = 1e-6, 1.5
+MAX_MEAN_SLOPE_DIM = 100
+"""Most dimensions in which guided moves take the denoiser's Jacobian as diagonal unless told otherwise."""
+
 COLLAPSED = 2.0
 """An effective sample size below this is a collapse."""
 
@@ -119,7 +119,7 @@ class ParticleGibbsState(NamedTuple):
     changed: Bool[Array, ""]
     """Whether the sweep left the pinned path."""
     depth: Array
-    """Levels refreshed, 1 to the number of levels (a full sweep)."""
+    """Levels refreshed, 1 to the number of levels (a full sweep); 0 in an iteration without a sweep."""
     log_evidence: Float[Array, ""]
     """Estimate of the log evidence from the unconditional sweep at the start; constant over the run."""
     diverging: Bool[Array, ""]
@@ -148,7 +148,7 @@ class RTKParticleGibbs(MCMCKernel):
     *Cost.* `num_score_evals` in the state. A full sweep with `K` segments, `P` particles, `G` guided steps and an inner kernel
     of `S` steps costs, per event of every site, `K (G + 1 + (P - 1)(S + 1 + G)) + P` and the local moves, vectorised over
     particles (one more per transition where the score has an energy). `init` draws `num_pilot_draws` from the prior (40
-    evaluations each and one per level) and runs two unconditional sweeps with 8 guided steps.
+    evaluations each and one per level) and runs two unconditional sweeps with `num_start_steps`.
 
     *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of tempered twists,
     the second gives the start and an estimate of the log evidence. `init_params` replaces the start.
@@ -165,6 +165,12 @@ class RTKParticleGibbs(MCMCKernel):
         inner: Inner kernel of the reverse transitions; `None` is `PreconditionedMALA()`.
         twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers anything else.
         num_guided_steps: Guided MALA steps per level and particle; 0 for none.
+        num_start_steps: Guided MALA steps per level and particle of the unconditional sweeps that find a start.
+        sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are informative
+            in every coordinate (an image with a value in every pixel) local moves do the work, and sweeps cost most.
+        guidance: How guided moves see through the denoiser: `"jacobian"`, one vector-Jacobian product of the score per
+            evaluation and one more evaluation per level and particle; `"mean"`, the mean slope of each coordinate, for nothing.
+            `None`: the first above 100 dimensions. It changes proposals, not the law.
         local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
         num_pilot_draws: Prior draws that measure the denoising error of each level.
@@ -185,6 +191,9 @@ class RTKParticleGibbs(MCMCKernel):
         inner: AbstractInnerKernel | None = None,
         twist: AbstractTwist | None = None,
         num_guided_steps: int = 1,
+        num_start_steps: int = 8,
+        sweep_prob: float = 1.0,
+        guidance: Literal["jacobian", "mean"] | None = None,
         local: AbstractLocalMove | None = LocalHMC(),  # noqa: B008 - a frozen value
         target_accept_prob: float = 0.7,
         num_pilot_draws: int = 128,
@@ -193,6 +202,11 @@ class RTKParticleGibbs(MCMCKernel):
             raise TypeError(f"`model` must be a NumPyro model (a callable), got {type(model).__name__}.")
         _check_count("num_particles", num_particles, 2, "one of them is pinned to the current draw")
         _check_count("num_guided_steps", num_guided_steps, 0, "0 is none")
+        _check_count("num_start_steps", num_start_steps, 1, "they anneal the start")
+        if not (isinstance(sweep_prob, int | float | np.floating) and 0 <= sweep_prob <= 1):
+            raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")
+        if sweep_prob == 0 and local is None:
+            raise ValueError("`sweep_prob=0` with `local=None` would never move: give one of them.")
         _check_count("num_pilot_draws", num_pilot_draws, 8, "they measure the denoising error of each level")
         check_target_accept_prob(target_accept_prob)
         if inner is not None and not isinstance(inner, AbstractInnerKernel):
@@ -201,6 +215,8 @@ class RTKParticleGibbs(MCMCKernel):
         if twist is not None and not isinstance(twist, AbstractTwist):
             hint = f" Did you mean `{twist.__name__}()`?" if isinstance(twist, type) else ""
             raise TypeError(f"`twist` must be `GaussianTwist()`, `TemperedTwist()` or `None`, got {twist!r}.{hint}")
+        if guidance not in (None, "jacobian", "mean"):
+            raise ValueError(f'`guidance` must be "jacobian", "mean" or `None`, got {guidance!r}.')
         if local is not None and not isinstance(local, AbstractLocalMove):
             hint = f" Did you mean `{local.__name__}()`?" if isinstance(local, type) else ""
             raise TypeError(f"`local` must be `LocalHMC(...)`, `LocalMALA(...)` or `None`, got {local!r}.{hint}")
@@ -210,6 +226,9 @@ class RTKParticleGibbs(MCMCKernel):
         self._inner = PreconditionedMALA() if inner is None else inner
         self._twist = twist
         self._num_guided_steps = int(num_guided_steps)
+        self._num_start_steps = int(num_start_steps)
+        self._sweep_prob = float(sweep_prob)
+        self._guidance = guidance
         self._local = local
         self._target_accept_prob = float(target_accept_prob)
         self._num_pilot_draws = int(num_pilot_draws)
@@ -301,7 +320,9 @@ class RTKParticleGibbs(MCMCKernel):
     ) -> Posterior:
         laws = self._laws(sites, rebuild(shared.score_arrays.arrays), shared.pilots, log_beta.dtype)
         terms, _ = self._terms(sites, args, kwargs)
-        return Posterior(laws, terms, self._inner, log_beta)
+        dim = sum(law.size for law in laws)
+        jacobian = dim > MAX_MEAN_SLOPE_DIM if self._guidance is None else self._guidance == "jacobian"
+        return Posterior(laws, terms, self._inner, log_beta, jacobian=jacobian)
 
     # The kernel.
 
@@ -334,7 +355,7 @@ class RTKParticleGibbs(MCMCKernel):
         num_levels = self._times(sites[0]).size
         terms, _ = self._terms(sites, model_args, kwargs)
         values = None
-        if init_params and GIBBS_SITES_KWARG not in kwargs:
+        if init_params is not None and GIBBS_SITES_KWARG not in kwargs:
             values = _read_init_params(init_params, sites, batched, dtype)
 
         # A fixed key: what is measured is a property of the prior.
@@ -423,7 +444,7 @@ class RTKParticleGibbs(MCMCKernel):
         )
         step_size = jnp.minimum(step_size, getattr(self._inner, "max_step_size", jnp.inf))
         guided = jnp.full(num_levels - 1, 0.5 * max_step_size(posterior) * posterior.dim ** (-1 / 3), dtype)
-        options = (self._num_particles, max(START_GUIDED_STEPS, self._num_guided_steps), self._target_accept_prob)
+        options = (self._num_particles, max(self._num_start_steps, self._num_guided_steps), self._target_accept_prob)
 
         def sweep(carry: Any, inputs: Any) -> Any:
             (log_beta, guided), (key, adapt) = carry, inputs
@@ -527,11 +548,13 @@ class RTKParticleGibbs(MCMCKernel):
         self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior, batched: bool
     ) -> ParticleGibbsState:
         """One iteration of one chain: a pure function of the state."""
-        next_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 4)
+        next_key, coin_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 5)
         adapt = state.adapt_state
         depths = jnp.asarray(_depths(posterior.num_levels))
         choice = jr.categorical(depth_key, jnp.log(adapt.depth_prob))
-        depth = depths[choice]
+        # Depth 0 is no sweep.
+        swept = jr.bernoulli(coin_key, self._sweep_prob)
+        depth = jnp.where(swept, depths[choice], 0)
         last = jnp.asarray(posterior.num_levels - 1)
         x = jnp.concatenate([jnp.ravel(state.z[site.name]) for site in sites])
         point = posterior.evaluate(last, x)
@@ -551,7 +574,7 @@ class RTKParticleGibbs(MCMCKernel):
         if batched:
             # Vectorized chains wait for the deepest of them.
             costs = jnp.ones_like(costs)
-        adapt_state = self._adapt(adapt, posterior, shared.iteration, info, local_accept, choice, jump, costs)
+        adapt_state = self._adapt(adapt, posterior, shared.iteration, info, local_accept, choice, swept, jump, costs)
         z, start = {}, 0
         for site in sites:
             size = math.prod(site.shape)
@@ -584,6 +607,7 @@ class RTKParticleGibbs(MCMCKernel):
         info: SweepInfo,
         local_accept: Array,
         choice: Array,
+        swept: Array,
         jump: Array,
         costs: Array,
     ) -> ParticleGibbsAdaptState:
@@ -618,8 +642,9 @@ class RTKParticleGibbs(MCMCKernel):
         log_beta = jnp.append(jnp.minimum(state.log_beta[:-1] + change, 0.0), 0.0)
 
         # Depths: squared jump per cost, and a tenth of the time spread over those that ever moved.
-        count = state.depth_count.at[choice].add(1.0)
-        mean_jump = state.depth_jump.at[choice].add((jump - state.depth_jump[choice]) / count[choice])
+        count = state.depth_count.at[choice].add(jnp.where(swept, 1.0, 0.0))
+        change = jnp.where(swept, (jump - state.depth_jump[choice]) / jnp.maximum(count[choice], 1.0), 0.0)
+        mean_jump = state.depth_jump.at[choice].add(change)
         score = jnp.where(count > 0, mean_jump / costs, 0.0)
         total, alive = jnp.sum(score), (score > 0) | (count == 0)
         spread = alive / jnp.maximum(jnp.sum(alive), 1)

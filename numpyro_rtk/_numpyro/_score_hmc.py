@@ -23,11 +23,12 @@ from numpyro.infer.util import _transforms_from_trace, constrain_fn, initialize_
 from numpyro.util import is_prng_key
 
 from numpyro_rtk import _checks
-from numpyro_rtk._custom_types import Event, RandomKey, Scalar
+from numpyro_rtk._custom_types import Event, Scalar
 from numpyro_rtk._hoist import hoist, HoistedArrays
 from numpyro_rtk._levels import prior_draws
 from numpyro_rtk._numpyro._checks import check_target_accept_prob
 from numpyro_rtk._numpyro._model import DiffusionSite, inspect_model, latent_diffusion_sites, without_diffusion
+from numpyro_rtk._numpyro._start import annealed_start
 from numpyro_rtk._reverse import segment_grid
 from numpyro_rtk._trajectory import Evaluate, leapfrog, Leaves, Point
 
@@ -109,8 +110,8 @@ class ScoreHMC(MCMCKernel):
 
     *Cost.* One score evaluation per leapfrog step and event of each diffusion site, in `state.num_score_evals`. The end of
     a trajectory is the start of the next. Chains that are vectorized wait for the longest trajectory among them.
-    `init` makes `16 * 40 + 16` evaluations per site for the initial mass matrix, two to check the score, and 41 per chain
-    for its start.
+    `init` makes `16 * 40 + 16` evaluations per site for the initial mass matrix, two to check the score, and those of
+    the annealed start (`RTKParticleGibbs` with 2 particles: two unconditional sweeps, 24 levels of 8 guided steps).
 
     *Warmup* is that of NumPyro's `HMC` (`warmup_adapter`: the same windows, dual averaging and
     regularisation). The mass matrix of diffusion sites starts from `E[score^2]` of prior draws. Each trajectory's length is
@@ -135,7 +136,8 @@ class ScoreHMC(MCMCKernel):
             sites in alphabetical order or a dict of blocks. `None`: from prior draws.
         max_num_steps: Most leapfrog steps of a trajectory; longer ones are cut.
         init_strategy: Where the latents that are no diffusion sites start, as in NumPyro. Diffusion sites start
-            from a prior draw, or where `init_params` says (unconstrained values, any of the latents).
+            annealed through the noise levels given the others, or where `init_params` says (unconstrained values, any of
+            the latents).
 
     Raises:
         TypeError, ValueError: for arguments that cannot work; at `init`, before compiling, for models that it cannot
@@ -252,10 +254,12 @@ class ScoreHMC(MCMCKernel):
             model_args=model_args,
             model_kwargs=kwargs,
         )[0]
-        unknown = [site for site in sites if site.name not in given]
-        if unknown:
-            z |= _start(unknown, arrays.arrays, rebuild, dtype, start_key)
         z |= given
+        if not {site.name for site in sites} <= set(given):
+            others = {name: value for name, value in z.items() if name not in {site.name for site in sites}}
+            others = transform_fn(transforms.inv_transforms, others)
+            z |= annealed_start(start_key, self._model, others, model_args, kwargs)
+            z |= given
         scales = {} if self._inverse_mass_matrix is not None else _prior_scales(sites, arrays.arrays, rebuild, dtype)
         inverse_mass = self._initial_mass({name: value[0] if batched else value for name, value in z.items()}, scales, dtype)
 
@@ -543,26 +547,6 @@ def _over_batch(function: Callable[[Event], Any], site: DiffusionSite, x: Array)
     for _ in site.batch_shape:
         function = jax.vmap(function)
     return function(x)
-
-
-def _start(sites: list[DiffusionSite], arrays: Any, rebuild: Callable[[Any], dict[str, Any]], dtype: Any, rng_key: Any) -> Leaves:
-    """Where the diffusion sites of every chain start: prior draws."""
-
-    @jax.jit
-    def draw(arrays: Any, rng_key: Any) -> Leaves:
-        score_fns = rebuild(arrays)
-
-        def chain(rng_key: RandomKey) -> Leaves:
-            values = {}
-            for site, key in zip(sites, jr.split(rng_key, len(sites)), strict=True):
-                prior, size = site.prior, math.prod(site.batch_shape)
-                draws = prior_draws(key, score_fns[site.name], prior.schedule, prior.event_shape, dtype, size)
-                values[site.name] = draws.reshape(site.shape)
-            return values
-
-        return chain(rng_key) if is_prng_key(rng_key) else jax.vmap(chain)(rng_key)
-
-    return draw(arrays, rng_key)
 
 
 def _prior_scales(sites: tuple[DiffusionSite, ...], arrays: Any, rebuild: Callable[[Any], dict[str, Any]], dtype: Any) -> Leaves:
