@@ -152,7 +152,9 @@ def inspect_model(
                 "out by hand (`dist.MixtureSameFamily`), or sample it with `numpyro.infer.DiscreteGibbs` as a block of "
                 "`numpyro.infer.Gibbs`."
             )
-        if name not in seen and unwrap_prior(site["fn"]) is not None:
+        # A scan hands on the sites of its body, marked as done, once it has run.
+        in_scan = name not in seen or seen[name].get("_control_flow_done", False)
+        if in_scan and unwrap_prior(site["fn"]) is not None and not site["is_observed"]:
             raise ValueError(
                 f"Diffusion site {name!r} is inside a `scan`, where `{owner}` cannot move it. Write it outside, in a plate or "
                 "with `.expand(...)`, and pass its slices to the scan."
