@@ -1,5 +1,11 @@
 """Settings that hold for every test."""
 
+import os
+
+
+# Compiling is most of what tests do: LLVM's optimisations cost twice what they save here. Must precede the import of JAX.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
 import jax
 import pytest
 
