@@ -69,6 +69,8 @@ class Shared(NamedTuple):
     """Mean of the prior draws, where twists are linearised."""
     iteration: Array
     """Iterations so far, warmup included."""
+    num_warmup: Array
+    """Length of the warmup."""
 
 
 class ParticleGibbsAdaptState(NamedTuple):
@@ -371,7 +373,7 @@ class RTKParticleGibbs(MCMCKernel):
         if not 0 < num_observations <= MAX_EXACT_OBSERVATIONS:
             # Only covariances that are formed need the residuals themselves.
             pilots = tuple(pilot._replace(residuals=pilot.residuals[:, :0]) for pilot in pilots)
-        shared = Shared(arrays, pilots, jnp.mean(flat_draws, axis=0), jnp.zeros((), int))
+        shared = Shared(arrays, pilots, jnp.mean(flat_draws, axis=0), jnp.zeros((), int), jnp.asarray(num_warmup, int))
 
         def start(key: Any, value: Any, shared: Shared) -> ParticleGibbsState:
             return self._start(key, value, shared, sites, rebuild, num_levels, num_warmup, model_args, kwargs, dtype)
@@ -541,7 +543,7 @@ class RTKParticleGibbs(MCMCKernel):
         chain = state._replace(shared=None)  # pyright: ignore
         new = (jax.vmap(step, in_axes=(0, None)) if batched else step)(chain, shared)
         iteration = shared.iteration + 1
-        self._warn_at_end(new.adapt_state, iteration, sites)
+        self._warn_at_end(new.adapt_state, shared, iteration, sites)
         return new._replace(shared=shared._replace(iteration=iteration))
 
     def _step(
@@ -665,18 +667,24 @@ class RTKParticleGibbs(MCMCKernel):
         )
         return jax.tree.map(lambda x, y: jnp.where(warming, x, y).astype(y.dtype), new, state)
 
-    def _warn_at_end(self, state: ParticleGibbsAdaptState, iteration: Array, sites: tuple[DiffusionSite, ...]) -> None:
+    def _warn_at_end(
+        self, state: ParticleGibbsAdaptState, shared: Shared, iteration: Array, sites: tuple[DiffusionSite, ...]
+    ) -> None:
         """Warn of collapsed levels when warmup ends; called once per program, fires once per run and chain."""
         times = self._times(sites[0])
 
-        def warn(collapsed: Any, visits: Any) -> None:
-            _warn_collapsed(np.asarray(collapsed), np.asarray(visits), times, self._num_particles)
+        num_warmup = jnp.max(shared.num_warmup)
 
-        num_warmup = jnp.max(state.num_warmup)
+        def warn(is_end: Any, collapsed: Any, visits: Any) -> None:
+            # Where chains are mapped from outside, the `cond` is a select, and this is called in every iteration.
+            if np.all(is_end):
+                _warn_collapsed(np.asarray(collapsed), np.asarray(visits), times, self._num_particles)
+
         if self._num_particles > COLLAPSED:
+            is_end = iteration == num_warmup
             jax.lax.cond(
-                iteration == num_warmup,
-                lambda: jax.debug.callback(warn, state.num_collapsed, state.num_visits),
+                is_end,
+                lambda: jax.debug.callback(warn, is_end, state.num_collapsed, state.num_visits),
                 lambda: None,
             )
 
