@@ -79,6 +79,9 @@ ROUGH = np.array([-3.0, -1.5, -1.0, -1.0, 1.5, 1.0, 0.0])
 DEPTHS = {"one level": 1, "half": 3, "almost full": NUM_SEGMENTS, "full": NUM_SEGMENTS + 1}
 
 
+ThroughDenoiser = functools.partial(Posterior, jacobian=True)
+
+
 @functools.cache
 def compiled(twist, num_particles, num_guided_steps, cls=Posterior, broken=False):
     """One sweep of a batch of chains; `broken` keeps programs with changed parts apart."""
@@ -130,11 +133,20 @@ def test_exact_draws_stay_exact_under_sweeps_with_tempered_twists(powers, inform
     assert np.mean(info.changed) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", ["half", "full"])
 def test_exact_draws_stay_exact_under_sweeps_of_two_particles(depth):
     p, info = sweep(compiled("tempered", 2, 0), DEPTHS[depth], log_beta=BAD)
     assert p.min() > P_MIN, p
     assert np.mean(info.changed) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", ["half", "full"])
+def test_exact_draws_stay_exact_under_sweeps_guided_through_the_denoiser(depth):
+    p, info = sweep(compiled("gaussian", 4, 1, ThroughDenoiser), DEPTHS[depth])
+    assert p.min() > P_MIN, p
+    assert np.mean(info.changed) > 0.3
 
 
 class Tampering:
@@ -250,7 +262,7 @@ def moves(name):
     times = np.asarray(law().levels.t)
     if name == "guided, middle level, prior":
         return Move(name, MIDDLE, law(), constant, at_level(DATA, times[MIDDLE]), guided)
-    if name == "guided, middle level, Gaussian":
+    if name.startswith("guided, middle level, Gaussian"):
         target = level_target(make_posterior(gaussian_law(), GAUSSIAN, ExactReverse(GAUSSIAN_PRIOR, SCHEDULE)), MIDDLE)
         return Move(name, MIDDLE, gaussian_law(), GAUSSIAN, target, guided)
     last = {
@@ -276,6 +288,9 @@ class OtherLevel(Posterior):
         return super().evaluate(level - 1, x)
 
 
+BROKEN = [(name, Unadjusted) for name in MOVES] + [(name, OtherLevel) for name in MOVES if "HMC" not in name]
+
+
 def after_move(name, cls=Posterior):
     move = moves(name)
     posterior = make_posterior(move.law, move.terms, ExactReverse(DATA, SCHEDULE), cls=cls)
@@ -296,13 +311,23 @@ def after_move(name, cls=Posterior):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_exact_draws_stay_exact_under_gradient_moves(name):
-    p, accept_prob = after_move(name)
+    check_move(name, Posterior)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MOVES if "guided" in name])
+def test_exact_draws_stay_exact_under_moves_guided_through_the_denoiser(name):
+    check_move(name, ThroughDenoiser)
+
+
+def check_move(name, cls):
+    p, accept_prob = after_move(name, cls)
     assert p.min() > P_MIN, p
     assert 0.4 < accept_prob < 0.98, accept_prob
 
 
-@pytest.mark.parametrize("cls", [Unadjusted, OtherLevel])
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cls"), BROKEN)
 def test_broken_gradient_moves_are_caught(name, cls):
     p, _ = after_move(name, cls)
     assert p.min() < 1e-3 * P_MIN, p
