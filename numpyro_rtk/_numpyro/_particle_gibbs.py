@@ -168,6 +168,8 @@ class RTKParticleGibbs(MCMCKernel):
         twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers anything else.
         num_guided_steps: Guided MALA steps per level and particle; 0 for none.
         num_start_steps: Guided MALA steps per level and particle of the unconditional sweeps that find a start.
+        num_restarts: Iterations at the beginning of the warmup that draw the diffusion sites anew by an unconditional sweep given
+            the other latents; only as a block of a composite, whose other latents are arbitrary at first.
         sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are informative
             in every coordinate (an image with a value in every pixel) local moves do the work, and sweeps cost most.
         guidance: How guided moves see through the denoiser: `"jacobian"`, one vector-Jacobian product of the score per
@@ -194,6 +196,7 @@ class RTKParticleGibbs(MCMCKernel):
         twist: AbstractTwist | None = None,
         num_guided_steps: int = 1,
         num_start_steps: int = 8,
+        num_restarts: int = 5,
         sweep_prob: float = 1.0,
         guidance: Literal["jacobian", "mean"] | None = None,
         local: AbstractLocalMove | None = LocalHMC(),  # noqa: B008 - a frozen value
@@ -205,6 +208,7 @@ class RTKParticleGibbs(MCMCKernel):
         _check_count("num_particles", num_particles, 2, "one of them is pinned to the current draw")
         _check_count("num_guided_steps", num_guided_steps, 0, "0 is none")
         _check_count("num_start_steps", num_start_steps, 1, "they anneal the start")
+        _check_count("num_restarts", num_restarts, 0, "0 is none")
         if not (isinstance(sweep_prob, int | float | np.floating) and 0 <= sweep_prob <= 1):
             raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")
         if sweep_prob == 0 and local is None:
@@ -229,6 +233,7 @@ class RTKParticleGibbs(MCMCKernel):
         self._twist = twist
         self._num_guided_steps = int(num_guided_steps)
         self._num_start_steps = int(num_start_steps)
+        self._num_restarts = int(num_restarts)
         self._sweep_prob = float(sweep_prob)
         self._guidance = guidance
         self._local = local
@@ -304,24 +309,16 @@ class RTKParticleGibbs(MCMCKernel):
         return tuple(laws)
 
     def _terms(self, sites: tuple[DiffusionSite, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The likelihood of a flat vector, whole and split for the twist."""
+        """The likelihood of a flat vector, split for the twist."""
         likelihood = Likelihood(conditioned(self._model), args, kwargs, gaussian=self._twist is None or self._twist.gaussian)
 
-        def unflatten(x: Array) -> dict[str, Array]:
-            values, start = {}, 0
-            for site in sites:
-                size = math.prod(site.shape)
-                values[site.name] = x[start : start + size].reshape(site.shape)
-                start += size
-            return values
-
-        return (lambda x: likelihood.terms(unflatten(x))), unflatten
+        return lambda x: likelihood.terms(_unflatten(sites, x))
 
     def _posterior(
         self, sites: tuple[DiffusionSite, ...], shared: Shared, log_beta: Array, rebuild: Any, args: Any, kwargs: Any
     ) -> Posterior:
         laws = self._laws(sites, rebuild(shared.score_arrays.arrays), shared.pilots, log_beta.dtype)
-        terms, _ = self._terms(sites, args, kwargs)
+        terms = self._terms(sites, args, kwargs)
         dim = sum(law.size for law in laws)
         jacobian = dim > MAX_MEAN_SLOPE_DIM if self._guidance is None else self._guidance == "jacobian"
         return Posterior(laws, terms, self._inner, log_beta, jacobian=jacobian)
@@ -355,7 +352,7 @@ class RTKParticleGibbs(MCMCKernel):
         self._check_sites(sites, dtype)
         arrays, rebuild = self._hoist(sites, dtype)
         num_levels = self._times(sites[0]).size
-        terms, _ = self._terms(sites, model_args, kwargs)
+        terms = self._terms(sites, model_args, kwargs)
         values = None
         if init_params is not None and GIBBS_SITES_KWARG not in kwargs:
             values = _read_init_params(init_params, sites, batched, dtype)
@@ -460,8 +457,7 @@ class RTKParticleGibbs(MCMCKernel):
         (log_beta, guided), (xs, log_twists, infos) = jax.lax.scan(sweep, (log_beta, guided), inputs)
         info = jax.tree.map(lambda leaf: leaf[1], infos)
         x = jnp.where(log_twists[1] > -jnp.inf, xs[1], xs[0])
-        _, unflatten = self._terms(sites, args, kwargs)
-        z = unflatten(x) if value is None else value
+        z = _unflatten(sites, x) if value is None else value
         log_local = jnp.log(jnp.asarray(0.3 * posterior.dim ** (-1 / 4), dtype))
         init: Any = dual_averaging()[0]
         averaging = (
@@ -537,7 +533,14 @@ class RTKParticleGibbs(MCMCKernel):
 
         def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
             posterior = self._posterior(sites, shared, state.adapt_state.log_beta, rebuild, model_args, kwargs)
-            return self._step(state, shared, sites, posterior, batched)
+            if not self._num_restarts or GIBBS_SITES_KWARG not in kwargs:
+                return self._step(state, shared, sites, posterior, batched)
+            # The iteration has no chain axis, so that this branches for vectorized chains, too.
+            return jax.lax.cond(
+                shared.iteration < jnp.minimum(self._num_restarts, shared.num_warmup),
+                lambda: self._restart(state, shared, sites, posterior),
+                lambda: self._step(state, shared, sites, posterior, batched),
+            )
 
         # Arrays of the network and measurements have no chain axis.
         chain = state._replace(shared=None)  # pyright: ignore
@@ -577,13 +580,8 @@ class RTKParticleGibbs(MCMCKernel):
             # Vectorized chains wait for the deepest of them.
             costs = jnp.ones_like(costs)
         adapt_state = self._adapt(adapt, posterior, shared.iteration, info, local_accept, choice, swept, jump, costs)
-        z, start = {}, 0
-        for site in sites:
-            size = math.prod(site.shape)
-            z[site.name] = new.x[start : start + size].reshape(site.shape)
-            start += size
         return ParticleGibbsState(
-            z=z,
+            z=_unflatten(sites, new.x),
             accept_prob=jnp.nanmean(info.accept_prob),
             segment_accept_prob=info.accept_prob,
             guided_accept_prob=info.guided_accept_prob,
@@ -598,6 +596,38 @@ class RTKParticleGibbs(MCMCKernel):
             ),
             adapt_state=adapt_state,
             shared=None,  # pyright: ignore
+            rng_key=next_key,
+        )
+
+    def _restart(
+        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior
+    ) -> ParticleGibbsState:
+        """A warmup iteration that draws the sites anew given the other latents."""
+        next_key, sweep_key = jr.split(state.rng_key)
+        adapt = state.adapt_state
+        tuning = SweepTuning(adapt.step_size, adapt.guided_step_size)
+        num_steps = max(self._num_start_steps, self._num_guided_steps)
+        options = (self._num_particles, num_steps, self._target_accept_prob, jnp.ones((), bool))
+        point, info = unconditional_sweep(sweep_key, posterior, tuning, shared.reference, *options)
+        init: Any = dual_averaging()[0]
+        averaging = (adapt.averaging[0], jax.vmap(init)(jnp.log(info.guided_step_size)), adapt.averaging[2])
+        usable = (point.log_twist > -jnp.inf) & jnp.all(jnp.isfinite(point.x))
+        z = jax.tree.map(lambda new, old: jnp.where(usable, new, old), _unflatten(sites, point.x), state.z)
+        per_level = num_steps + posterior.evaluations_per_reverse + posterior.evaluations_to_prepare
+        evaluations = self._num_particles * (1 + (posterior.num_levels - 1) * per_level)
+        nan = jnp.asarray(jnp.nan, point.x.dtype)
+        return state._replace(
+            z=z,
+            accept_prob=nan,
+            segment_accept_prob=jnp.full_like(state.segment_accept_prob, nan),
+            guided_accept_prob=jnp.full_like(state.guided_accept_prob, nan),
+            local_accept_prob=nan,
+            effective_sample_size=info.effective_sample_size,
+            changed=jnp.ones((), bool),
+            depth=jnp.full_like(state.depth, posterior.num_levels),
+            diverging=~usable,
+            num_score_evals=jnp.full_like(state.num_score_evals, evaluations * sum(law.batch_size for law in posterior.sites)),
+            adapt_state=adapt._replace(guided_step_size=info.guided_step_size, log_beta=info.log_beta, averaging=averaging),
             rng_key=next_key,
         )
 
@@ -717,6 +747,16 @@ class RTKParticleGibbs(MCMCKernel):
             return z | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
 
         return add_deterministic
+
+
+def _unflatten(sites: tuple[DiffusionSite, ...], x: Array) -> dict[str, Array]:
+    """A flat vector as values of the sites."""
+    values, start = {}, 0
+    for site in sites:
+        size = math.prod(site.shape)
+        values[site.name] = x[start : start + size].reshape(site.shape)
+        start += size
+    return values
 
 
 def _check_count(name: str, value: Any, minimum: int, why: str) -> None:

@@ -111,7 +111,8 @@ class ScoreHMC(MCMCKernel):
     *Cost.* One score evaluation per leapfrog step and event of each diffusion site, in `state.num_score_evals`. The end of
     a trajectory is the start of the next. Chains that are vectorized wait for the longest trajectory among them.
     `init` makes `16 * 40 + 16` evaluations per site for the initial mass matrix, two to check the score, and those of
-    the annealed start (`RTKParticleGibbs` with 2 particles: two unconditional sweeps, 24 levels of 8 guided steps).
+    the annealed start (`RTKParticleGibbs` with 2 particles: two unconditional sweeps, 24 levels of 8 guided steps, three times over where
+    there are other latents).
 
     *Warmup* is that of NumPyro's `HMC` (`warmup_adapter`: the same windows, dual averaging and
     regularisation). The mass matrix of diffusion sites starts from `E[score^2]` of prior draws. Each trajectory's length is
@@ -136,8 +137,8 @@ class ScoreHMC(MCMCKernel):
             sites in alphabetical order or a dict of blocks. `None`: from prior draws.
         max_num_steps: Most leapfrog steps of a trajectory; longer ones are cut.
         init_strategy: Where the latents that are no diffusion sites start, as in NumPyro. Diffusion sites start
-            annealed through the noise levels given the others, or where `init_params` says (unconstrained values, any of
-            the latents).
+            annealed through the noise levels given the others, which are then fitted to them, three times over; or where
+            `init_params` says (unconstrained values, any of the latents).
 
     Raises:
         TypeError, ValueError: for arguments that cannot work; at `init`, before compiling, for models that it cannot
@@ -257,8 +258,9 @@ class ScoreHMC(MCMCKernel):
         z |= given
         if not {site.name for site in sites} <= set(given):
             others = {name: value for name, value in z.items() if name not in {site.name for site in sites}}
-            others = transform_fn(transforms.inv_transforms, others)
-            z |= annealed_start(start_key, self._model, others, model_args, kwargs)
+            constrain = functools.partial(transform_fn, transforms.inv_transforms)
+            rest = functools.partial(potential_energy, without_diffusion(self._model), model_args, kwargs)
+            z |= annealed_start(start_key, self._model, others, constrain, rest, model_args, kwargs)
             z |= given
         scales = {} if self._inverse_mass_matrix is not None else _prior_scales(sites, arrays.arrays, rebuild, dtype)
         inverse_mass = self._initial_mass({name: value[0] if batched else value for name, value in z.items()}, scales, dtype)
