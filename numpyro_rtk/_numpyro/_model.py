@@ -351,13 +351,15 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
         fn = fn.base_dist
     shape = jnp.shape(value)
     mask = jnp.broadcast_to(mask, shape)
+    loc: Any = getattr(fn, "loc", None)
     if isinstance(fn, dist.Normal):
-        scale = jnp.broadcast_to(fn.scale, shape)
-        whitened = (value - jnp.broadcast_to(fn.loc, shape)) / scale
+        given_scale: Any = fn.scale
+        scale = jnp.broadcast_to(given_scale, shape)
+        whitened = (value - jnp.broadcast_to(loc, shape)) / scale
         log_scale = jnp.log(scale) + 0.5 * jnp.log(2 * jnp.pi)
     elif type(fn) is dist.MultivariateNormal:
-        scale_tril = jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
-        residual = value - jnp.broadcast_to(fn.loc, shape)
+        scale_tril = jnp.broadcast_to(given_tril, (*shape, shape[-1]))
+        residual = value - jnp.broadcast_to(loc, shape)
         whitened = jax.scipy.linalg.solve_triangular(scale_tril, residual[..., None], lower=True)[..., 0]
         log_scale = jnp.log(jnp.diagonal(scale_tril, axis1=-2, axis2=-1)) + 0.5 * jnp.log(2 * jnp.pi)
     else:

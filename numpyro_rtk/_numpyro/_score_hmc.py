@@ -111,8 +111,8 @@ class ScoreHMC(MCMCKernel):
     *Cost.* One score evaluation per leapfrog step and event of each diffusion site, in `state.num_score_evals`. The end of
     a trajectory is the start of the next. Chains that are vectorized wait for the longest trajectory among them.
     `init` makes `16 * 40 + 16` evaluations per site for the initial mass matrix, two to check the score, and those of
-    the annealed start (`RTKParticleGibbs` with 2 particles: two unconditional sweeps, 24 levels of 8 guided steps, three times over where
-    there are other latents).
+    the annealed start (`RTKParticleGibbs` with 2 particles: two unconditional sweeps, 24 levels of 8 guided steps, three
+    times over where there are other latents).
 
     *Warmup* is that of NumPyro's `HMC` (`warmup_adapter`: the same windows, dual averaging and
     regularisation). The mass matrix of diffusion sites starts from `E[score^2]` of prior draws. Each trajectory's length is

@@ -12,7 +12,6 @@ from jaxtyping import Array
 from numpyro.infer.gibbs import with_conditioning
 from numpyro.util import is_prng_key
 
-from numpyro_rtk._custom_types import Scalar
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 
 
@@ -28,7 +27,7 @@ def annealed_start(
     model: Callable[..., Any],
     others: dict[str, Array],
     constrain: Callable[[dict[str, Array]], dict[str, Array]],
-    potential: Callable[[dict[str, Array]], Scalar],
+    potential: Callable[[dict[str, Array]], Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Array]:
