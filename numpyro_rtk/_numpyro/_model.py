@@ -358,6 +358,7 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
         whitened = (value - jnp.broadcast_to(loc, shape)) / scale
         log_scale = jnp.log(scale) + 0.5 * jnp.log(2 * jnp.pi)
     elif type(fn) is dist.MultivariateNormal:
+        given_tril: Any = fn.scale_tril
         scale_tril = jnp.broadcast_to(given_tril, (*shape, shape[-1]))
         residual = value - jnp.broadcast_to(loc, shape)
         whitened = jax.scipy.linalg.solve_triangular(scale_tril, residual[..., None], lower=True)[..., 0]
