@@ -179,6 +179,12 @@ def conditional_sweep(
     )
 
 
+def no_sweep(posterior: Posterior) -> SweepInfo:
+    """What an iteration without a sweep reports."""
+    nan, no = jnp.full(posterior.num_levels, jnp.nan, posterior.dtype), jnp.zeros((), bool)
+    return SweepInfo(nan, nan[1:], nan[1:], no, no)
+
+
 def _difference(new: Array, old: Array) -> Array:
     """Log weights; a particle whose parent was impossible stays so."""
     return jnp.where((new > -jnp.inf) & (old > -jnp.inf), new - jnp.where(old > -jnp.inf, old, 0.0), -jnp.inf)

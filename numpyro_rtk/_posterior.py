@@ -169,6 +169,17 @@ class Posterior:
         (through,) = pullback(self.v[level] * point.twist_score)
         return point._replace(twist_score=(point.twist_score + through) / self.a[level])
 
+    def at_data(self, x: Array) -> Point:
+        """One evaluation at the last level, where the twist is the likelihood and its gradient needs no denoiser."""
+
+        def log_likelihood(x: Array) -> tuple[Scalar, Scalar]:
+            terms = self.terms(x)
+            return terms.log_normalizer + terms.other - 0.5 * jnp.sum(terms.whitened**2), terms.other
+
+        score, energy = self.scores(jnp.asarray(self.num_levels - 1), x)
+        (value, other), gradient = jax.value_and_grad(log_likelihood, has_aux=True)(x)
+        return Point(x, score, energy, jnp.where(jnp.isnan(value), -jnp.inf, value), gradient, other)
+
     def scores(self, level: Count, x: Array) -> tuple[Array, Scalar]:
         """Scores of all sites, and their energy where all know it."""
         scores, energy = [], jnp.zeros((), self.dtype)
@@ -190,7 +201,14 @@ class Posterior:
     def _with_twist(self, level: Count, x: Array, score: Array, energy: Scalar) -> Point:
         """The same, with the gradient by the denoised point."""
         prediction = (x + self.v[level] * score) / self.a[level]
-        twist = evaluate_twist(self.terms, prediction, self.error(level), jnp.exp(self.log_beta[level]), self.blocks)
+
+        def terms(x: Array) -> Terms:
+            # Above `t_min` a twist must be positive, or a path whose denoised value is impossible would weigh infinitely much.
+            split = self.terms(x)
+            impossible = (level < self.num_levels - 1) & ~(split.other > -jnp.inf)
+            return split._replace(other=jnp.where(impossible, 0.0, split.other))
+
+        twist = evaluate_twist(terms, prediction, self.error(level), jnp.exp(self.log_beta[level]), self.blocks)
         log_twist = jnp.where(jnp.isnan(twist.log_value), -jnp.inf, twist.log_value)
         return Point(x, score, energy, log_twist, twist.gradient, twist.other)
 
@@ -348,7 +366,6 @@ class Posterior:
         no extra evaluation (the trapezoid rule would be of second order, as the leapfrog error that it should correct;
         see `numpyro_rtk._trajectory`).
         """
-        level = jnp.asarray(self.num_levels - 1)
         momentum_key, jitter_key, accept_key = jr.split(key, 3)
         momentum = jr.normal(momentum_key, point.x.shape, self.dtype)
         # Resonances: periodic directions must not come back to where they were.
@@ -358,7 +375,7 @@ class Posterior:
             before, here, momentum, gained, corrected = carry
             momentum = momentum + 0.5 * epsilon * preconditioner.transpose(here.score + here.twist_score)
             x = here.x + epsilon * preconditioner.apply(momentum)
-            new = self.with_twist(level, x, *self.scores(level, x))
+            new = self.at_data(x)
             momentum = momentum + 0.5 * epsilon * preconditioner.transpose(new.score + new.twist_score)
             integral = path_integral(before, here, new)
             chords = self._chord(before, here) + self._chord(here, new)

@@ -36,6 +36,7 @@ from numpyro_rtk._numpyro._model import (
 from numpyro_rtk._particle_gibbs import (
     conditional_sweep,
     max_step_size,
+    no_sweep,
     sweep_evaluations,
     SweepInfo,
     SweepTuning,
@@ -562,11 +563,15 @@ class RTKParticleGibbs(MCMCKernel):
         depth = jnp.where(swept, depths[choice], 0)
         last = jnp.asarray(posterior.num_levels - 1)
         x = jnp.concatenate([jnp.ravel(state.z[site.name]) for site in sites])
-        point = posterior.evaluate(last, x)
+        point = posterior.at_data(x)
         tuning = SweepTuning(adapt.step_size, adapt.guided_step_size)
-        new, info = conditional_sweep(
-            sweep_key, posterior, tuning, shared.reference, point, depth, self._num_particles, self._num_guided_steps
-        )
+        if self._sweep_prob > 0:
+            new, info = conditional_sweep(
+                sweep_key, posterior, tuning, shared.reference, point, depth, self._num_particles, self._num_guided_steps
+            )
+        else:
+            # Nothing to compile.
+            new, info = point, no_sweep(posterior)
         jump = jnp.mean((new.x - x) ** 2 / posterior.mean_square[0])
         local_accept, diverging = jnp.ones((), x.dtype), info.diverging
         evaluations = 1 + sweep_evaluations(posterior, depth, self._num_particles, self._num_guided_steps)
