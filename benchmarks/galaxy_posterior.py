@@ -1,0 +1,159 @@
+"""Posteriors of noisy galaxies under the pretrained network: error, coverage and R-hat, beside the route in use.
+
+Truths are drawn from the network itself; every pixel gets Gaussian noise of sd 0.5. Routes: `ScoreHMC` with known noise
+scale, `RTKGibbs(NUTS(model))` with the scale as a further latent, and what is found in papers' code: NUTS on a distribution
+whose `log_prob` returns 0 and whose gradient is the score.
+
+Run with:  python -m benchmarks.galaxy_posterior [--galaxies 4] [--routes known unknown attached]
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.diagnostics import split_gelman_rubin
+from numpyro.distributions import constraints
+from numpyro.infer import NUTS
+
+import numpyro_rtk as rtk
+from benchmarks.problems import galaxy_network
+
+
+NOISE_SD, SHAPE, NUM_CHAINS = 0.5, (1, 32, 32), 4
+
+
+def known_scale(y):
+    network, schedule = galaxy_network()
+    x = numpyro.sample("x", rtk.DiffusionPrior(network, SHAPE, schedule))
+    numpyro.sample("y", dist.Normal(x, NOISE_SD).to_event(3), obs=y)
+
+
+def unknown_scale(y):
+    network, schedule = galaxy_network()
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    x = numpyro.sample("x", rtk.DiffusionPrior(network, SHAPE, schedule))
+    numpyro.sample("y", dist.Normal(x, scale).to_event(3), obs=y)
+
+
+@jax.custom_vjp
+def no_density(x):
+    """Zero, with the score as its gradient."""
+    return jnp.zeros(())
+
+
+def _backward(x, cotangent):
+    network, schedule = galaxy_network()
+    return (cotangent * network(x, jnp.asarray(schedule.t_min)),)
+
+
+no_density.defvjp(lambda x: (no_density(x), x), _backward)
+
+
+class AttachedScore(dist.Distribution):
+    """The route in use: a constant log density with a score attached."""
+
+    support = constraints.independent(constraints.real, 3)
+
+    def __init__(self):
+        super().__init__((), SHAPE)
+
+    def sample(self, key, sample_shape=()):
+        return jr.normal(key, sample_shape + SHAPE)
+
+    def log_prob(self, value):
+        return no_density(value)
+
+
+def attached(y):
+    x = numpyro.sample("x", AttachedScore())
+    numpyro.sample("y", dist.Normal(x, NOISE_SD).to_event(3), obs=y)
+
+
+def routes():
+    gibbs = rtk.RTKGibbs(
+        NUTS(unknown_scale),
+        num_particles=2,
+        num_pilot_draws=32,
+        sweep_prob=0.0,
+        local=rtk.LocalHMC(num_steps=20, num_trajectories=2),
+    )
+    hmc = rtk.ScoreHMC(known_scale, trajectory_length=5.0, target_accept_prob=0.8)
+    return {"known": (hmc, 200, 300), "unknown": (gibbs, 200, 300), "attached": (NUTS(attached), 200, 200)}
+
+
+def make_run(kernel, num_warmup, num_samples):
+    """`run(key, y)`: draws and diagnostics of four chains, compiled once for all galaxies."""
+
+    def report(state):
+        z = state.z
+        block = state.block_states[0] if hasattr(state, "block_states") else state
+        scale = jnp.exp(z["scale"]) if "scale" in z else jnp.full(NUM_CHAINS, NOISE_SD)
+        accept = getattr(block, "local_accept_prob", None)
+        return z["x"], scale, state.accept_prob if accept is None else accept, block.diverging
+
+    def run(key, y):
+        state = kernel.init(jr.split(key, NUM_CHAINS), num_warmup, None, (y,), {})
+
+        def body(state, _):
+            state = kernel.sample(state, (y,), {})
+            return state, report(state)
+
+        state, _ = jax.lax.scan(lambda state, _: (body(state, _)[0], None), state, None, length=num_warmup)
+        return jax.lax.scan(body, state, None, length=num_samples)[1]
+
+    return jax.jit(run)
+
+
+def statistics(images):
+    """Flux and centroid of images `(chains, draws, 1, 32, 32)`."""
+    rows, columns = np.mgrid[:32, :32]
+    light = np.clip(images[:, :, 0], 0, None)
+    total = light.sum((2, 3))
+    return {"flux": images.sum((2, 3, 4)), "x": (light * columns).sum((2, 3)) / total, "y": (light * rows).sum((2, 3)) / total}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--galaxies", type=int, default=4)
+    parser.add_argument("--routes", nargs="+", default=list(routes()))
+    options = parser.parse_args()
+    network, schedule = galaxy_network()
+    truth_key, noise_key = jr.split(jr.key(42))
+    truths = rtk.DiffusionPrior(network, SHAPE, schedule).sample(truth_key, (options.galaxies,))
+    data = truths + NOISE_SD * jr.normal(noise_key, truths.shape)
+    print(f"{options.galaxies} galaxies, noise sd {NOISE_SD}, {NUM_CHAINS} chains; error of the data {NOISE_SD}")
+    print("route      galaxy  error  coverage     sd  R-hat flux   x      y   scale (R-hat)  acceptance  diverging  seconds")
+    for name in options.routes:
+        kernel, num_warmup, num_samples = routes()[name]
+        run = make_run(kernel, num_warmup, num_samples)
+        rows = []
+        for i in range(options.galaxies):
+            start = time.perf_counter()
+            x, scale, accept, diverging = (np.asarray(leaf) for leaf in jax.block_until_ready(run(jr.key(i), data[i])))
+            seconds = time.perf_counter() - start
+            images, scale, truth = x.swapaxes(0, 1), scale.T, np.asarray(truths[i])
+            low, high = np.quantile(images, [0.05, 0.95], axis=(0, 1))
+            coverage = np.mean((truth >= low) & (truth <= high))
+            error, sd = np.sqrt(np.mean((images.mean((0, 1)) - truth) ** 2)), images.std((0, 1)).mean()
+            rhat = {key: float(split_gelman_rubin(value)) for key, value in statistics(images).items()}
+            scale_rhat = float(split_gelman_rubin(scale)) if name == "unknown" else np.nan
+            rows.append((error, coverage, sd, *rhat.values(), scale.mean()))
+            print(
+                f"{name:10} {i:6d} {error:6.3f} {coverage:9.3f} {sd:6.3f} {rhat['flux']:11.3f} {rhat['x']:6.3f} {rhat['y']:6.3f}"
+                f" {scale.mean():7.3f} ({scale_rhat:.3f}) {accept.mean():11.2f} {int(diverging.sum()):10d} {seconds:8.0f}",
+                flush=True,
+            )
+        mean = np.mean(rows, axis=0)
+        print(
+            f"{name:10}   mean {mean[0]:6.3f} {mean[1]:9.3f} {mean[2]:6.3f} {mean[3]:11.3f} {mean[4]:6.3f} {mean[5]:6.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""MCGdiff's Gaussian mixture benchmark: particle Gibbs against the exact posterior.
+
+25 modes at `(8 i, 8 j)`, repeated over the coordinates, unit covariances, random weights; a random linear
+observation with Gaussian noise (Cardoso et al. 2023, arXiv 2308.07983, section 5.1). Per cell of dimension and number of
+observations: sliced W2 to the exact posterior, its Monte Carlo floor for as many draws, the error of the mode weights
+(total variation, and its floor), score evaluations per draw and seconds for all draws of one problem after compilation.
+
+Run with:  python -m benchmarks.mcgdiff [--cells 8x1 80x4 ...] [--problems 20]
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+
+import numpyro_rtk as rtk
+from benchmarks.problems import sliced_w2
+
+
+# Many chains with few draws each: draws of one chain stay in a mode for a while.
+NUM_CHAINS, NUM_DRAWS = 250, 2
+# The modes are up to 16 from the origin: noise must dwarf them at the top.
+SCHEDULE = rtk.OU(t_max=7.0)
+
+
+def make_problem(seed, dim, num_observations):
+    """Weights, operator, noise sd and data of one random problem."""
+    rng = np.random.default_rng([seed, dim, num_observations])
+    weights = rng.standard_normal(25) ** 2
+    weights /= weights.sum()
+    u, _, vt = np.linalg.svd(rng.standard_normal((num_observations, dim)), full_matrices=False)
+    singular = np.sort(rng.uniform(size=num_observations))[::-1]
+    operator = (u * singular) @ vt
+    sd = rng.uniform() * singular.max()
+    truth = modes(dim)[rng.choice(25, p=weights)] + rng.standard_normal(dim)
+    y = operator @ truth + sd * rng.standard_normal(num_observations)
+    return {"weights": weights, "operator": operator, "sd": sd, "y": y}
+
+
+def modes(dim):
+    """Means of the 25 modes, shape `(25, dim)`."""
+    corners = np.array([(8.0 * i, 8.0 * j) for i in range(-2, 3) for j in range(-2, 3)])
+    return np.tile(corners, (1, dim // 2))
+
+
+def exact_posterior(problem, dim):
+    """Weights, means and the common covariance of the posterior, a mixture itself."""
+    a, sd, y = problem["operator"], problem["sd"], problem["y"]
+    precision = np.eye(dim) + a.T @ a / sd**2
+    covariance = np.linalg.inv(precision)
+    means = (modes(dim) + y @ a / sd**2) @ covariance
+    evidence_covariance = a @ a.T + sd**2 * np.eye(len(y))
+    residuals = y - modes(dim) @ a.T
+    log_weights = np.log(problem["weights"]) - 0.5 * np.sum(residuals @ np.linalg.inv(evidence_covariance) * residuals, axis=1)
+    weights = np.exp(log_weights - log_weights.max())
+    return weights / weights.sum(), means, covariance
+
+
+def exact_draws(rng, posterior, num_draws):
+    weights, means, covariance = posterior
+    component = rng.choice(len(weights), size=num_draws, p=weights)
+    return means[component] + rng.multivariate_normal(np.zeros(means.shape[1]), covariance, size=num_draws, method="cholesky")
+
+
+def mode_error(x, posterior):
+    """Total variation between fractions of draws by mode and the exact weights."""
+    nearest = np.argmin(((x[:, None, :2] - posterior[1][None, :, :2]) ** 2).sum(-1), axis=1)
+    return 0.5 * np.abs(np.bincount(nearest, minlength=25) / len(x) - posterior[0]).sum()
+
+
+def make_model(dim, schedule):
+    """A model of the data with the mixture's closed-form score (not its energy) as prior."""
+    means = jnp.asarray(modes(dim), jnp.float32)
+
+    def model(weights, operator, sd, y):
+        def score_fn(x, t):
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+            variance = alpha**2 + sigma**2
+            residuals = x[None] - alpha * means
+            logits = jnp.log(weights) - 0.5 * jnp.sum(residuals**2, axis=-1) / variance
+            return -(x - alpha * (jax.nn.softmax(logits) @ means)) / variance
+
+        x = numpyro.sample("x", rtk.DiffusionPrior(score_fn, (dim,), schedule))
+        numpyro.sample("y", dist.Normal(operator @ x, sd).to_event(1), obs=y)
+
+    return model
+
+
+def make_sampler(dim, num_warmup, thinning, **options):
+    """`run(key, problem)`: draws, and means over chains and draws of what the kernel reports."""
+    kernel = rtk.RTKParticleGibbs(make_model(dim, SCHEDULE), **options)
+
+    def run(key, problem):
+        args = (problem["weights"], problem["operator"], problem["sd"], problem["y"])
+        state = kernel.init(jr.split(key, NUM_CHAINS), num_warmup, None, args, {})
+
+        def sweep(state, _):
+            state = kernel.sample(state, args, {})
+            return state, (state.num_score_evals, state.effective_sample_size, state.changed)
+
+        def body(state, _):
+            state, (evaluations, ess, changed) = jax.lax.scan(sweep, state, None, length=thinning)
+            return state, (state.z["x"], jnp.sum(evaluations, axis=0), ess[-1], changed)
+
+        state, _ = jax.lax.scan(sweep, state, None, length=num_warmup)
+        _, (x, evaluations, ess, changed) = jax.lax.scan(body, state, None, length=NUM_DRAWS)
+        return x.reshape(-1, dim), jnp.mean(evaluations), jnp.nanmean(ess, axis=(0, 1)), jnp.mean(changed)
+
+    return jax.jit(run)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cells", nargs="+", default=[f"{d}x{m}" for d in (8, 80, 800) for m in (1, 2, 4)])
+    parser.add_argument("--problems", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--thinning", type=int, default=2)
+    parser.add_argument("--particles", type=int, default=16)
+    parser.add_argument("--segments", type=int, default=24)
+    parser.add_argument("--rho", type=float, default=float("inf"), help="spacing of the levels; inf is equal steps of log-SNR")
+    parser.add_argument("--num-steps", type=int, default=2)
+    parser.add_argument("--guided", type=int, default=1)
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args()
+    num_draws = NUM_CHAINS * NUM_DRAWS
+    print(f"{num_draws} draws from {NUM_CHAINS} chains after {options.warmup} warmup sweeps; {options}")
+    print("cell    problems  sliced W2   floor   ratio (s.e., worst)   modes  floor   evaluations  seconds (compile)")
+    for cell in options.cells:
+        dim, num_observations = map(int, cell.split("x"))
+        run = make_sampler(
+            dim,
+            options.warmup,
+            options.thinning,
+            num_particles=options.particles,
+            segments=rtk.segment_times(SCHEDULE, options.segments, rho=options.rho),
+            inner=rtk.PreconditionedMALA(num_steps=options.num_steps),
+            num_guided_steps=options.guided,
+        )
+        rows, compile_time = [], 0.0
+        for seed in range(options.problems if dim < 800 else max(1, options.problems // 4)):
+            problem = make_problem(seed, dim, num_observations)
+            arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), problem)
+            if seed == 0:
+                start = time.perf_counter()
+                jax.block_until_ready(run(jr.key(1000), arrays))
+                compile_time = time.perf_counter() - start
+            start = time.perf_counter()
+            x, evaluations, ess, changed = jax.block_until_ready(run(jr.key(seed), arrays))
+            seconds = time.perf_counter() - start
+            posterior, rng = exact_posterior(problem, dim), np.random.default_rng(seed)
+            exact = [exact_draws(rng, posterior, num_draws) for _ in range(6)]
+            floor = np.mean([sliced_w2(a, b) for i, a in enumerate(exact) for b in exact[:i]])
+            distance = np.mean([sliced_w2(x, one) for one in exact])
+            error = mode_error(np.asarray(x), posterior)
+            error_floor = np.mean([mode_error(one, posterior) for one in exact])
+            rows.append((distance, floor, distance / floor, error, error_floor, float(evaluations), seconds))
+            if options.verbose:
+                top = np.sort(posterior[0])[::-1][:3]
+                print(
+                    f"  {seed}: ratio {rows[-1][2]:.2f} modes {error:.3f} ({error_floor:.3f}) changed {float(changed):.2f} "
+                    f"ESS {np.min(ess):.1f} at {np.argmin(ess)} sd {problem['sd']:.3f} weights {np.round(top, 2)}",
+                    flush=True,
+                )
+        table = np.array(rows)
+        mean, error = table.mean(0), table[:, 2].std() / np.sqrt(len(table))
+        print(
+            f"{cell:8} {len(table):5} {mean[0]:10.3f} {mean[1]:8.3f} {mean[2]:7.2f} ({error:.2f}, {table[:, 2].max():.2f})"
+            f" {mean[3]:12.3f} {mean[4]:6.3f} {mean[5]:12.0f} {mean[6]:8.1f} ({compile_time:.0f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
