@@ -24,6 +24,12 @@ NUM_PROBES = 8
 DIAGONAL_WEIGHT = 0.1
 """Weight of the diagonal in the measured covariance of the denoising error."""
 
+MAX_RESIDUALS = 32
+"""Measured residuals that carry the correlations of the error where the covariance is not formed."""
+
+INDEPENDENT_WEIGHT = 0.5
+"""Share of the error taken as independent between coordinates there: few residuals do not span an image."""
+
 
 class AbstractTwist(eqx.Module):
     """How the likelihood is carried to noisier levels."""
@@ -38,8 +44,9 @@ class GaussianTwist(AbstractTwist):
     With the mean `f(x_0)` of the observations and their scale `s`:
     `G_t(x) = N(y; f(xhat), s^2 I + J R_t J^T)`, `xhat = E[x_0 | x_t = x]`, `J` the Jacobian of `f` there, and `R_t` the measured
     covariance of `x_0 - xhat`. Up to 64 observations the covariance is formed exactly, with `R_t` from the
-    prior draws themselves (correlations included); beyond, its diagonal is estimated with 8 fixed random vectors and the
-    mean square error by coordinate, which is exact where each observation depends on one coordinate.
+    prior draws themselves (correlations included). Beyond, no matrix is formed: half of the error is taken as independent
+    between coordinates (its diagonal estimated with 8 fixed random vectors, exact where each observation depends on one
+    coordinate), the other half as spanned by 32 measured residuals.
 
     *Cost.* No score evaluation besides the one that gives `xhat`; one Jacobian (or vector-Jacobian product) of `f`.
 
@@ -148,18 +155,34 @@ def evaluate_twist(
         log_value = -0.5 * jnp.sum(half**2) - jnp.sum(jnp.log(jnp.diagonal(cholesky)))
         gradient = rest - weighted @ jacobian
     else:
-        variance = 1 + _diagonal(terms, x, error)
-        weighted = whitened / variance
-        log_value = -0.5 * jnp.sum(whitened * weighted + jnp.log(variance))
+        # The diagonal, and as many correlated directions as there are measured residuals, by Woodbury's identity.
+        diagonal, rows = _low_rank(terms, x, error, blocks)
+        inner = jnp.eye(rows.shape[0], dtype=x.dtype) + (rows / diagonal[None]) @ rows.T
+        cholesky = jnp.linalg.cholesky(inner)
+        projected = jax.scipy.linalg.cho_solve((cholesky, True), rows @ (whitened / diagonal))
+        weighted = (whitened - projected @ rows) / diagonal
+        log_value = -0.5 * (jnp.sum(whitened * weighted) + jnp.sum(jnp.log(diagonal)))
+        log_value -= jnp.sum(jnp.log(jnp.diagonal(cholesky)))
         (gradient,) = vjp((-weighted, one, beta))
     return TwistPoint(log_value + log_normalizer + beta * other, gradient, other)
 
 
-def _diagonal(terms: Callable[[Array], Terms], x: Array, error: LevelError) -> Array:
-    """Estimate of the diagonal of `J R J^T`."""
+def _low_rank(
+    terms: Callable[[Array], Terms], x: Array, error: LevelError, blocks: tuple[tuple[int, int], ...]
+) -> tuple[Array, Array]:
+    """`1 + w diag(J R J^T)` for the independent part of the error, and `J` applied to residuals for the correlated part."""
     _, jvp = jax.linearize(lambda x: terms(x).whitened, x)
     scaled = _probes(x.shape[0], x.dtype) * jnp.sqrt(error.mean_square)[None]
-    return jnp.mean(jax.vmap(jvp)(scaled) ** 2, axis=0)
+    independent = jnp.mean(jax.vmap(jvp)(scaled) ** 2, axis=0)
+    count = error.residuals[0].shape[0]
+    if count == 0:
+        return 1 + independent, jnp.zeros((0, independent.shape[0]), x.dtype)
+    # Elements of a batch take different residuals.
+    columns = []
+    for (batch_size, _), residuals in zip(blocks, error.residuals, strict=True):
+        columns += [jnp.roll(residuals, i, axis=0) for i in range(batch_size)]
+    rows = jax.vmap(jvp)(jnp.concatenate(columns, axis=1)) * jnp.sqrt((1 - INDEPENDENT_WEIGHT) / count)
+    return 1 + INDEPENDENT_WEIGHT * independent, rows
 
 
 def linearize_twist(
@@ -177,7 +200,8 @@ def linearize_twist(
         factor = _covariance_factor(jacobian, error, blocks)
         cholesky = jnp.linalg.cholesky(eye + factor @ factor.T)
         return Linearization(jax.scipy.linalg.solve_triangular(cholesky, jacobian, lower=True), jnp.zeros_like(x))
-    sd = jnp.sqrt(1 + _diagonal(terms, x, error))
+    diagonal, factor = _low_rank(terms, x, error, blocks)
+    sd = jnp.sqrt(diagonal + jnp.sum(factor**2, axis=0))
     (columns,) = jax.vmap(vjp)(_probes(size, x.dtype) / sd[None])
     return Linearization(none, jnp.mean(columns**2, axis=0))
 

@@ -44,7 +44,7 @@ from numpyro_rtk._particle_gibbs import (
 )
 from numpyro_rtk._posterior import Posterior, SiteLaw
 from numpyro_rtk._reverse import rule_step_size, segment_grid
-from numpyro_rtk._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS
+from numpyro_rtk._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS, MAX_RESIDUALS
 
 
 DEFAULT_LEVEL_SEGMENTS = 24
@@ -368,9 +368,9 @@ class RTKParticleGibbs(MCMCKernel):
                 "none. Leave `twist` out, or use `TemperedTwist()`."
             )
         _check_likelihood(jax.jit(jax.vmap(terms))(flat_draws))
-        if not 0 < num_observations <= MAX_EXACT_OBSERVATIONS:
-            # Only covariances that are formed need the residuals themselves.
-            pilots = tuple(pilot._replace(residuals=pilot.residuals[:, :0]) for pilot in pilots)
+        # Only covariances that are formed need all residuals.
+        kept = MAX_RESIDUALS if num_observations > MAX_EXACT_OBSERVATIONS else self._num_pilot_draws if num_observations else 0
+        pilots = tuple(pilot._replace(residuals=pilot.residuals[:, :kept]) for pilot in pilots)
         shared = Shared(arrays, pilots, jnp.mean(flat_draws, axis=0), jnp.zeros((), int), jnp.asarray(num_warmup, int))
 
         def start(key: Any, value: Any, shared: Shared) -> ParticleGibbsState:
