@@ -124,6 +124,7 @@ def test_exact_draws_stay_exact_under_sweeps(depth, informed):
     assert not np.any(info.diverging)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", ["half", "full"])
 @pytest.mark.parametrize(("powers", "informed"), [("sensible", 1.0), ("bad", 1.0), ("sensible", 0.0)])
 def test_exact_draws_stay_exact_under_sweeps_with_tempered_twists(powers, informed, depth):

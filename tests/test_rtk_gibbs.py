@@ -94,6 +94,7 @@ def unknown():
     return run(RTKGibbs(NUTS(unknown_noise), **OPTIONS), Y, num_warmup=300, num_samples=1000, num_chains=4)
 
 
+@pytest.mark.slow
 def test_an_unknown_noise_scale_against_quadrature(unknown):
     draws = unknown.get_samples(group_by_chain=True)
     assert set(draws) == {"scale", "x", "ratio"}
@@ -106,6 +107,7 @@ def test_an_unknown_noise_scale_against_quadrature(unknown):
     assert np.all(np.abs(difference.mean((0, 1))) < Z_MAX * error)
 
 
+@pytest.mark.slow
 def test_each_block_reports(unknown):
     extra = unknown.get_extra_fields(group_by_chain=True)
     assert extra["block_states.0.effective_sample_size"].shape == (4, 1000, 9)
