@@ -24,7 +24,7 @@ PILOT_SEGMENTS = 40
 PILOT_PRIOR_DRAWS = 5.0
 """Weight of the mean over coordinates in errors and curvatures by coordinate, in draws."""
 
-MIN_RELATIVE_CURVATURE = 1e-2
+MIN_RELATIVE_CURVATURE = 1e-4
 """Least curvature of a coordinate, as a fraction of its bound `1 / sigma^2`."""
 
 

@@ -678,14 +678,13 @@ class RTKParticleGibbs(MCMCKernel):
         change = jnp.where(visited[:-1] & visited[1:], gain * (share[:-1] - share[1:]), 0.0)
         log_beta = jnp.append(jnp.minimum(state.log_beta[:-1] + change, 0.0), 0.0)
 
-        # Depths: squared jump per cost, and a tenth of the time spread over those that ever moved.
+        # Depths: squared jump per cost, and a tenth of the sweeps spread over all, as rare moves between modes may be deep.
         count = state.depth_count.at[choice].add(jnp.where(swept, 1.0, 0.0))
         change = jnp.where(swept, (jump - state.depth_jump[choice]) / jnp.maximum(count[choice], 1.0), 0.0)
         mean_jump = state.depth_jump.at[choice].add(change)
         score = jnp.where(count > 0, mean_jump / costs, 0.0)
-        total, alive = jnp.sum(score), (score > 0) | (count == 0)
-        spread = alive / jnp.maximum(jnp.sum(alive), 1)
-        prob = jnp.where(total > 0, 0.9 * score / jnp.where(total > 0, total, 1.0) + 0.1 * spread, 1 / count.shape[0])
+        total, uniform = jnp.sum(score), 1 / count.shape[0]
+        prob = jnp.where(total > 0, 0.9 * score / jnp.where(total > 0, total, 1.0) + 0.1 * uniform, uniform)
 
         new = ParticleGibbsAdaptState(
             step_size=inner,
