@@ -21,6 +21,8 @@ $(VENV)/developing: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python examples/mixture.py --output demo-output
 	$(BIN)/python examples/galaxies.py --output demo-output
+	$(BIN)/python examples/posterior_mixture.py --output demo-output
+	$(BIN)/python examples/galaxy_restore.py --output demo-output
 	@echo "Figures and NetCDF files are in demo-output/"
 
 test: $(VENV)/developing
@@ -42,6 +44,10 @@ docs: $(VENV)/developing
 examples: $(VENV)/installed
 	$(BIN)/python examples/mixture.py --small --output .examples-output
 	$(BIN)/python examples/galaxies.py --small --output .examples-output
+	$(BIN)/python examples/posterior_mixture.py --small --output .examples-output
+	$(BIN)/python examples/galaxy_restore.py --small --output .examples-output
+	$(BIN)/python examples/galaxy_counts.py --small --output .examples-output
+	$(BIN)/python examples/galaxy_blend.py --small --output .examples-output
 
 clean:
 	rm -rf $(VENV) .site .examples-output demo-output
