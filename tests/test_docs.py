@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
 
 import numpyro_rtk as rtk
@@ -43,17 +42,6 @@ def name_of(page):
 PAGES_WITH_CODE = [page for page in PAGES if python_blocks(page.read_text(encoding="utf-8"))]
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Pages run once and briefly: most of their time would go into optimising programs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()  # other tests get optimised programs
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def _quick_if_readme(page):
     return page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.slow)
 
@@ -125,6 +113,22 @@ def test_messages_quoted_in_the_faq_exist():
         "needs a schedule with continuous time",
         "The state comes from a kernel with other network weights",
         "must have the single key",
+        "Particle weights collapsed",
+        "was differentiated with respect to something that its `score_fn`",
+        "`density=ProbabilityFlow()` needs a schedule with continuous time",
+        "`density=EnergyDensity()` needs a score with a method `energy(x, t)`",
+        "needs a model with a latent `DiffusionPrior` site",
+        "the model has other latent sites",
+        "`inner_kernel` must be a NumPyro kernel",
+        "moves continuous latents only",
+        "transforms a diffusion prior",
+        "does not support plates that subsample",
+        "does not support enumerated sites",
+        "depends on another latent site",
+        "The log likelihood is -inf at all",
+        "is NaN at every one",
+        "`twist=GaussianTwist()` needs Gaussian observations",
+        "gives the diffusion sites different numbers of levels",
     ):
         assert phrase in page, phrase
         assert phrase in source, phrase
