@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Count, Flag, RandomKey, Scalar, ScoreFn
 from numpyro_rtk._inner import AbstractInnerKernel, SegmentEntry, SegmentTuning
-from numpyro_rtk._inner._base import AbstractMarkovKernel, all_finite, select
+from numpyro_rtk._inner._base import AbstractMarkovKernel, all_finite, MAX_ENERGY_DROP, select
 from numpyro_rtk._levels import Levels, Pilot
 from numpyro_rtk._reverse import SegmentGrid
 from numpyro_rtk._target import ReverseTransition
@@ -340,8 +340,9 @@ class Posterior:
         finite = all_finite(proposal.x, proposal.score, proposal.energy, proposal.twist_score) & (log_ratio < jnp.inf)
         accept = finite & (-jr.exponential(key, dtype=log_ratio.dtype) < log_ratio)
         accept_prob = jnp.where(finite, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
-        # A likelihood of zero is a rejection, not a divergence.
-        return select(accept, proposal, point), MoveInfo(accept_prob, ~finite & (proposal.log_twist > -jnp.inf))
+        # A likelihood of zero, or nearly (whose gradient may overflow), is a rejection and not a divergence.
+        possible = proposal.log_twist > point.log_twist - MAX_ENERGY_DROP
+        return select(accept, proposal, point), MoveInfo(accept_prob, ~finite & possible)
 
     def mala_steps(
         self, key: RandomKey, level: Count, point: Point, preconditioner: Preconditioner, step_size: Scalar, num_steps: int

@@ -78,9 +78,10 @@ class DiffusionPrior(dist.Distribution):
     in memory, too. A draw that met something non-finite is NaN.
 
     *Density.* Its gradient is the score at `t_min`, one evaluation, in forward and reverse mode. The value is `density`'s:
-    the energy of the network if there is one, else the probability flow. What each costs is on
-    its own page. The score may depend on other values (a network's weights, arguments of the model), but not on
-    something that the log density is differentiated with respect to, such as another latent under NUTS: this is refused.
+    the energy of the network if there is one, else the probability flow, or above 100 dimensions a line integral of the
+    score. What each costs is on its own page. The score may depend on other values (a network's weights, arguments of the
+    model), but not on something that the log density is differentiated with respect to, such as another latent under
+    NUTS: this is refused.
 
     Args:
         score_fn: `score_fn(x, t)`: one event, scalar time, returns the score in the shape of `x`.

@@ -2,15 +2,31 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from numpyro.infer.gibbs import Gibbs, GibbsState
+import jax.numpy as jnp
+from numpyro.infer.gibbs import Gibbs
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._model import diffusion_site_names, without_diffusion
 from numpyro_rtk._numpyro._particle_gibbs import ParticleGibbsState, RTKParticleGibbs
+
+
+class RTKGibbsState(NamedTuple):
+    """State of `RTKGibbs`: NumPyro's `GibbsState` and what belongs to both blocks."""
+
+    z: dict[str, Any]
+    """The draws, as each block keeps them."""
+    block_states: tuple[Any, ...]
+    """State of the particle Gibbs block, and of the inner kernel."""
+    rng_key: Any
+    """Random key of the next iteration."""
+    diverging: Any = False
+    """Whether either block diverged."""
+    num_score_evals: Any = 0
+    """Score evaluations of the iteration."""
 
 
 class RTKGibbs(Gibbs):
@@ -23,9 +39,9 @@ class RTKGibbs(Gibbs):
     *Law.* Leaves the joint posterior invariant up to what `RTKParticleGibbs` says of its block. Where a diffusion site and
     another latent are strongly correlated, Gibbs moves slowly (R-hat and effective sample sizes say so); then use `ScoreHMC`.
 
-    *Cost.* `num_score_evals` of the particle Gibbs block, in `extra_fields` as `"block_states.0.num_score_evals"`; none by the
-    inner kernel. The state's `diverging` and other statistics are `"block_states.0.<field>"` for particle Gibbs and
-    `"block_states.1.<field>"` for the inner kernel.
+    *Cost.* `num_score_evals`, all by particle Gibbs and none by the inner kernel. The state has `diverging` of both blocks;
+    other statistics are `"block_states.0.<field>"` in `extra_fields` for particle Gibbs and `"block_states.1.<field>"` for
+    the inner kernel.
 
     Args:
         inner_kernel: A kernel built on the model: `NUTS(model)`, `HMC(model)`, `DiscreteGibbs(model)`, a NumPyro `Gibbs` of
@@ -36,12 +52,12 @@ class RTKGibbs(Gibbs):
         TypeError, ValueError: for an inner kernel without a model, and as `RTKParticleGibbs` and NumPyro's `Gibbs` do.
     """
 
+    _state_cls = RTKGibbsState  # pyright: ignore[reportAssignmentType]
+
     def __init__(self, inner_kernel: MCMCKernel, **options: Any) -> None:
         if not isinstance(inner_kernel, MCMCKernel):
-            hint = " Write `RTKGibbs(NUTS(model))`." if callable(inner_kernel) else ""
-            raise TypeError(
-                f"`inner_kernel` must be a NumPyro kernel such as `NUTS(model)`, got {type(inner_kernel).__name__}.{hint}"
-            )
+            got = f"the class {inner_kernel.__name__}" if isinstance(inner_kernel, type) else type(inner_kernel).__name__
+            raise TypeError(f"`inner_kernel` must be a NumPyro kernel such as `NUTS(model)`, got {got}.")
         model = getattr(inner_kernel, "model", None)
         if model is None:
             raise TypeError(
@@ -61,6 +77,11 @@ class RTKGibbs(Gibbs):
         super().__init__([(particle_gibbs, diffusion_site_names), (free, None)])
 
     @property
+    def default_fields(self) -> tuple[str, ...]:
+        """The draws, and whether either block diverged."""
+        return ("z", "diverging")
+
+    @property
     def model(self) -> Callable[..., Any]:
         """The model as it was given, with its diffusion priors."""
         return self._user_model
@@ -76,7 +97,7 @@ class RTKGibbs(Gibbs):
         init_params: Any,
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any] | None,
-    ) -> GibbsState:
+    ) -> RTKGibbsState:
         """Initial state of one chain, or of a batch of vectorized chains.
 
         Args:
@@ -91,13 +112,15 @@ class RTKGibbs(Gibbs):
             return self._init_chain(rng_key, num_warmup, init_params, model_args, model_kwargs)
         axes = _chain_axes()
 
-        def one(key: Any, params: Any) -> GibbsState:
+        def one(key: Any, params: Any) -> RTKGibbsState:
             return self._init_chain(key, num_warmup, params, model_args, model_kwargs)
 
         return jax.vmap(one, out_axes=axes)(rng_key, init_params)
 
-    def _init_chain(self, rng_key: Any, num_warmup: int, init_params: Any, args: Any, kwargs: Any) -> GibbsState:
-        state = super().init(rng_key, num_warmup, init_params, args, kwargs)
+    def _init_chain(self, rng_key: Any, num_warmup: int, init_params: Any, args: Any, kwargs: Any) -> RTKGibbsState:
+        state: Any = super().init(rng_key, num_warmup, init_params, args, kwargs)
+        count = jnp.zeros_like(state.block_states[0].num_score_evals)
+        state = state._replace(diverging=jnp.zeros((), bool), num_score_evals=count)
         given = {name: value for name, value in (init_params or {}).items() if name in self._sites[0]}
         if not given:
             return state
@@ -105,13 +128,14 @@ class RTKGibbs(Gibbs):
         block = state.block_states[0]._replace(z=state.block_states[0].z | given)
         return state._replace(z=state.z | given, block_states=(block, *state.block_states[1:]))
 
-    def sample(self, state: GibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> GibbsState:
+    def sample(self, state: RTKGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> RTKGibbsState:
         """One sweep over both blocks, for one chain or a batch of them."""
         if is_prng_key(state.rng_key):
-            return super().sample(state, model_args, model_kwargs)
+            return _summarized(super().sample(state, model_args, model_kwargs))  # pyright: ignore[reportArgumentType]
 
-        def one(state: GibbsState) -> GibbsState:
-            return _with_shared(super(RTKGibbs, self).sample(state, model_args, model_kwargs), None)
+        def one(state: RTKGibbsState) -> RTKGibbsState:
+            new: Any = super(RTKGibbs, self).sample(state, model_args, model_kwargs)  # pyright: ignore[reportArgumentType]
+            return _with_shared(_summarized(new), None)
 
         # NumPyro's `Gibbs` refreshes blocks by a `cond`, which gives everything a chain axis; what chains share needs none.
         shared = state.block_states[0].shared
@@ -127,12 +151,19 @@ class RTKGibbs(Gibbs):
         return kernel
 
 
-def _with_shared(state: GibbsState, shared: Any) -> GibbsState:
+def _summarized(state: Any) -> RTKGibbsState:
+    """The state with what belongs to both blocks."""
+    flags = [jnp.any(block.diverging) for block in state.block_states if hasattr(block, "diverging")]
+    diverging = jnp.any(jnp.stack(flags))
+    return state._replace(diverging=diverging, num_score_evals=state.block_states[0].num_score_evals)
+
+
+def _with_shared(state: RTKGibbsState, shared: Any) -> RTKGibbsState:
     block: Any = state.block_states[0]
     return state._replace(block_states=(block._replace(shared=shared), *state.block_states[1:]))
 
 
-def _chain_axes() -> GibbsState:
+def _chain_axes() -> RTKGibbsState:
     """Axes of the chains in a state: everywhere but in what particle Gibbs shares between chains."""
     block: Any = ParticleGibbsState(*(None if name == "shared" else 0 for name in ParticleGibbsState._fields))  # pyright: ignore
-    return GibbsState(z=0, block_states=(block, 0), rng_key=0)  # pyright: ignore
+    return RTKGibbsState(z=0, block_states=(block, 0), rng_key=0, diverging=0, num_score_evals=0)  # pyright: ignore

@@ -163,8 +163,9 @@ def inspect_model(
             _refuse_transformed(owner, name, site["fn"])
         if site["is_observed"] and not isinstance(site["value"], Tracer) and _has_nan(site["value"]):
             raise ValueError(
-                f"Observed site {name!r} has {int(np.sum(np.isnan(np.asarray(site['value']))))} NaN. Leave missing values out of "
-                "the likelihood: `numpyro.handlers.mask(mask=~isnan(y))` around the site, with any finite number in their place."
+                f"Observed site {name!r} has {int(np.sum(np.isnan(np.asarray(site['value']))))} NaN. Replace missing "
+                "values by any number, and leave them out of the likelihood by `numpyro.handlers.mask(mask=~isnan(y))` around "
+                "the site."
             )
     diffusion = []
     for name, msg in seen.items():
@@ -278,7 +279,7 @@ def _refuse_dependent(
         if id(output) in tainted:
             raise ValueError(
                 f"The score of diffusion site {name!r} depends on another latent site. `{owner}` needs a score that is fixed "
-                "given the model's arguments: pass what it is conditioned on as data, or sample such a site with `NUTS`."
+                "given the model's arguments: pass what it is conditioned on as data."
             )
 
 

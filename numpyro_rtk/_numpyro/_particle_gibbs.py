@@ -385,7 +385,8 @@ class RTKParticleGibbs(MCMCKernel):
         if found.others:
             raise ValueError(
                 f"`RTKParticleGibbs` samples diffusion sites only, and the model has other latent sites: {list(found.others)}. "
-                "Use `RTKGibbs(NUTS(model))` to sample them too, or `numpyro.handlers.condition` to fix them."
+                "Use `RTKGibbs(NUTS(model))` to sample them too, or `numpyro.handlers.condition` to fix them. "
+                "Observed sites are among them if their data are `None`."
             )
 
     def _check_sites(self, sites: tuple[DiffusionSite, ...], dtype: Any) -> None:
