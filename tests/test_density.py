@@ -69,6 +69,7 @@ def test_probability_flow_is_the_normalised_density(name):
     np.testing.assert_allclose(prior(rtk.ProbabilityFlow(), schedule).log_prob(x), expected, atol=0.02)
 
 
+@pytest.mark.slow
 def test_probability_flow_of_a_gaussian_in_float64(x64):
     # The terminal law is exact for N(0, I) under a process that preserves the variance, and the flow stands still.
     flow = rtk.DiffusionPrior(lambda x, t: -x, (2, 2), density=rtk.ProbabilityFlow())
@@ -122,6 +123,7 @@ def test_energy_is_the_density_of_the_mixture():
     np.testing.assert_allclose(rtk.DiffusionPrior(score, (3,)).log_prob(POINT), score.log_density(POINT, t), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_line_integral(x64):
     score, t = mixture(rtk.OU()), jnp.asarray(rtk.OU().t_min)
     x = score.sample(jr.key(0), 8, t)
@@ -189,6 +191,7 @@ def evaluations(counter, function, *args):
     return counter.count - before
 
 
+@pytest.mark.slow
 def test_evaluations():
     counter = Counter(mixture(rtk.OU()))
     for density, batch in (

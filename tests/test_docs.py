@@ -42,11 +42,8 @@ def name_of(page):
 PAGES_WITH_CODE = [page for page in PAGES if python_blocks(page.read_text(encoding="utf-8"))]
 
 
-def _quick_if_readme(page):
-    return page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("page", [_quick_if_readme(page) for page in PAGES_WITH_CODE], ids=name_of)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.chdir(tmp_path)

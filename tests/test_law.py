@@ -42,7 +42,7 @@ def check_ring(reference, replicates, limit=1.3):
         assert mode_weight_error(replicate) < 0.015
 
 
-@pytest.mark.parametrize("name", ["OU", *[pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES if name != "OU"]])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES])
 def test_ring_mixture_at_default_settings(reference, name):
     kernel = rtk.RTKKernel(ring_mixture(SCHEDULES[name]), event_shape=(DIM,))
     assert kernel.schedule == SCHEDULES[name]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import numpyro_rtk as rtk
-from numpyro_rtk._levels import mean_prediction, noise_levels, PILOT_PRIOR_DRAWS, prior_draws, run_pilot
+from numpyro_rtk._levels import mean_prediction, MIN_RELATIVE_CURVATURE, noise_levels, PILOT_PRIOR_DRAWS, prior_draws, run_pilot
 from numpyro_rtk._schedule import segment_times
 from tests.helpers import Counter, SCHEDULES
 
@@ -86,7 +86,7 @@ def test_the_measured_error_and_curvature_are_those_of_the_closed_form(name):
     curvature = 1 / (a**2 * variance + v)
     curvature = (1 - weight) * curvature + weight * curvature.mean(1, keepdims=True)
     bound = 1 / np.asarray(levels.sigma, np.float64)[:, None] ** 2
-    expected = np.clip(curvature, 1e-2 * bound, bound)
+    expected = np.clip(curvature, MIN_RELATIVE_CURVATURE * bound, bound)
     np.testing.assert_allclose(result.curvature, expected, rtol=6 * np.sqrt(2 / len(draws)))
     assert np.all(np.asarray(result.curvature) <= bound * (1 + 1e-5))
 

@@ -66,6 +66,7 @@ def test_law_of_draws():
     assert reference.distances([coarse])[0] > 2 * reference.floor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["OU", *[pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES if name != "OU"]])
 def test_moments_of_draws(name):
     schedule = SCHEDULES[name]
@@ -77,6 +78,7 @@ def test_moments_of_draws(name):
     assert np.all(np.abs(draws.mean(0)) < 5 * expected / 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (2,), (1, 4, 4)])
 def test_shapes_of_draws(shape):
     prior = normal(shape)
@@ -89,6 +91,7 @@ def test_shapes_of_draws(shape):
     assert np.any(prior.sample(jr.PRNGKey(1)) != prior.sample(jr.PRNGKey(2)))
 
 
+@pytest.mark.slow
 def test_draws_under_jit_and_vmap_are_the_same():
     prior = normal()
     keys = jr.split(jr.key(0), 3)
@@ -104,6 +107,7 @@ def test_draws_under_jit_and_vmap_are_the_same():
     )
 
 
+@pytest.mark.slow
 def test_precision_of_draws(x64):
     assert normal().sample(jr.key(0)).dtype == jnp.float64
 
@@ -165,6 +169,7 @@ def test_validation():
         normal().log_prob(jnp.zeros(()))
 
 
+@pytest.mark.slow
 def test_expand_to_event_mask():
     prior = normal()
     x = value(4, 2, 3)
@@ -283,6 +288,7 @@ def test_handlers():
     )
 
 
+@pytest.mark.slow
 def test_predictive():
     prior_draws = Predictive(model, num_samples=5)(jr.key(0))
     assert prior_draws["x"].shape == prior_draws["y"].shape == (5, 2, 3)
@@ -308,6 +314,7 @@ def run_nuts(model, *args, num_warmup=200, num_samples=200, num_chains=1, seed=0
     return mcmc
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", [init_to_sample, init_to_uniform, init_to_median, init_to_mean, init_to_value(values={"x": jnp.zeros((2, 3))})]
 )
