@@ -64,8 +64,10 @@ def main():
     options.output.mkdir(parents=True, exist_ok=True)
     num_warmup, num_samples = (4, 6) if options.small else (200, 250)
 
-    truth_key, offset_key, noise_key, run_key = jr.split(jr.key(8), 4)
-    truths = rtk.DiffusionPrior(HSC_32, event_shape=SHAPE, schedule=SCHEDULE).sample(truth_key, (2,))
+    offset_key, noise_key, run_key = jr.split(jr.key(8), 3)
+    prior = rtk.DiffusionPrior(HSC_32, event_shape=SHAPE, schedule=SCHEDULE)
+    # Draws that are large enough to overlap.
+    truths = jnp.stack([prior.sample(jr.split(jr.key(seed), 3)[0]) for seed in (3, 5)])
     offsets = DETECTED + 0.7 * jr.normal(offset_key, (2, 2))
     y = shift(truths[0], offsets[0]) + shift(truths[1], offsets[1]) + NOISE_SD * jr.normal(noise_key, (32, 32))
 
