@@ -157,7 +157,7 @@ class RTKParticleGibbs(MCMCKernel):
     the second gives the start and an estimate of the log evidence. `init_params` replaces the start.
 
     *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, and how often to refresh to which depth
-    (by the squared jump, per evaluation unless chains are vectorized and wait for the deepest). Nothing changes afterwards.
+    (in proportion to the squared jump). Nothing changes afterwards.
     If the effective sample size of a level is below 2 in most sweeps, a warning names it when warmup ends.
 
     Args:
@@ -536,12 +536,12 @@ class RTKParticleGibbs(MCMCKernel):
         def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
             posterior = self._posterior(sites, shared, state.adapt_state.log_beta, rebuild, model_args, kwargs)
             if not self._num_restarts or GIBBS_SITES_KWARG not in kwargs:
-                return self._step(state, shared, sites, posterior, batched)
+                return self._step(state, shared, sites, posterior)
             # The iteration has no chain axis, so that this branches for vectorized chains, too.
             return jax.lax.cond(
                 shared.iteration < jnp.minimum(self._num_restarts, shared.num_warmup),
                 lambda: self._restart(state, shared, sites, posterior),
-                lambda: self._step(state, shared, sites, posterior, batched),
+                lambda: self._step(state, shared, sites, posterior),
             )
 
         # Arrays of the network and measurements have no chain axis.
@@ -552,7 +552,7 @@ class RTKParticleGibbs(MCMCKernel):
         return new._replace(shared=shared._replace(iteration=iteration))
 
     def _step(
-        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior, batched: bool
+        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior
     ) -> ParticleGibbsState:
         """One iteration of one chain: a pure function of the state."""
         next_key, coin_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 5)
@@ -581,11 +581,7 @@ class RTKParticleGibbs(MCMCKernel):
             new, local_info = self._local(local_key, posterior, new, preconditioner, adapt.local_step_size)
             local_accept, diverging = local_info.accept_prob, diverging | local_info.diverging
             evaluations += self._local.num_evaluations
-        costs = jax.vmap(lambda d: sweep_evaluations(posterior, d, self._num_particles, self._num_guided_steps))(depths)
-        if batched:
-            # Vectorized chains wait for the deepest of them.
-            costs = jnp.ones_like(costs)
-        adapt_state = self._adapt(adapt, posterior, shared.iteration, info, local_accept, choice, swept, jump, costs)
+        adapt_state = self._adapt(adapt, posterior, shared.iteration, info, local_accept, choice, swept, jump)
         return ParticleGibbsState(
             z=_unflatten(sites, new.x),
             accept_prob=jnp.nanmean(info.accept_prob),
@@ -647,7 +643,6 @@ class RTKParticleGibbs(MCMCKernel):
         choice: Array,
         swept: Array,
         jump: Array,
-        costs: Array,
     ) -> ParticleGibbsAdaptState:
         """One warmup update; the identity once warmup is over."""
         warming, is_last = iteration < state.num_warmup, iteration + 1 == state.num_warmup
@@ -679,11 +674,11 @@ class RTKParticleGibbs(MCMCKernel):
         change = jnp.where(visited[:-1] & visited[1:], gain * (share[:-1] - share[1:]), 0.0)
         log_beta = jnp.append(jnp.minimum(state.log_beta[:-1] + change, 0.0), 0.0)
 
-        # Depths: squared jump per cost, and a tenth of the sweeps spread over all, as rare moves between modes may be deep.
+        # Depths: by their squared jump, and a tenth of the sweeps spread over all, as rare moves between modes may be deep.
         count = state.depth_count.at[choice].add(jnp.where(swept, 1.0, 0.0))
         change = jnp.where(swept, (jump - state.depth_jump[choice]) / jnp.maximum(count[choice], 1.0), 0.0)
         mean_jump = state.depth_jump.at[choice].add(change)
-        score = jnp.where(count > 0, mean_jump / costs, 0.0)
+        score = jnp.where(count > 0, mean_jump, 0.0)
         total, uniform = jnp.sum(score), 1 / count.shape[0]
         prob = jnp.where(total > 0, 0.9 * score / jnp.where(total > 0, total, 1.0) + 0.1 * uniform, uniform)
 
