@@ -122,8 +122,9 @@ class GaussLegendre(AbstractEnergyDifference):
         if self.num_nodes % 2:
             total = jnp.asarray(weights[num_pairs], x.dtype) * score_fn(middle)
         if num_pairs:
-            shift = jnp.multiply.outer(offsets, half)
-            scores = jax.vmap(score_fn)(jnp.concatenate([middle[None] + shift, middle[None] - shift]))
+            # One expression for both signs: a compiler that fuses multiply and add in one but not in the other would break it.
+            shifts = jnp.multiply.outer(jnp.concatenate([offsets, -offsets]), half)
+            scores = jax.vmap(score_fn)(middle[None] + shifts)
             pairs = scores[:num_pairs] + scores[num_pairs:]
             total = total + jnp.tensordot(pair_weights, pairs, axes=1)
         return dot(total, half)

@@ -1,10 +1,16 @@
 """Settings that hold for every test."""
 
+import gc
+import importlib.metadata
 import os
 
 
-# Compiling is most of what tests do: LLVM's optimisations cost twice what they save here. Must precede the import of JAX.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# Compiling is most of what tests do: LLVM's optimisations cost twice what they save here, and so do the fusion emitters, which
+# newer releases cannot do without. Must precede the import of JAX.
+FLAGS = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]:
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest
@@ -12,6 +18,14 @@ import pytest
 
 # Missing axes are a bug in code written for one event. A global setting, so that the library's own traces see it.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program holds memory mappings, of which Linux allows a process 65,530; running out is a crash."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
