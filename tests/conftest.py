@@ -7,10 +7,11 @@ import os
 
 # Compiling is most of what tests do: LLVM's optimisations cost twice what they save here, and so do the fusion emitters, which
 # newer releases cannot do without. Must precede the import of JAX.
-FLAGS = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]:
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_backend_optimization_level=0"]
+    + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
+    + [os.environ.get("XLA_FLAGS", "")]
+)
 
 import jax
 import pytest
