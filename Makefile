@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: demo test test-fast lint types docs examples clean
 
@@ -26,10 +27,11 @@ demo: $(VENV)/installed
 	@echo "Figures and NetCDF files are in demo-output/"
 
 test: $(VENV)/developing
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --ignore tests/test_law.py
+	OPTIMIZED=1 $(PYTEST) --dist load tests/test_law.py
 
 test-fast: $(VENV)/developing
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ def kernels():
     }
 
 
-def galaxies(kernel, num_images=256, num_warmup=40, num_chains=16):
+def galaxies(kernel, num_images=256, num_warmup=40, num_chains=8):
     """Draws at the kernel's settings, shape `(num_images, 1, 32, 32)`."""
     return draw(kernel, num_images, num_warmup=num_warmup, num_chains=num_chains).get_samples()["x"]
 

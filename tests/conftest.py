@@ -6,10 +6,11 @@ import os
 
 
 # Compiling is most of what tests do: LLVM's optimisations cost twice what they save here, and so do the fusion emitters, which
-# newer releases cannot do without. Must precede the import of JAX.
+# newer releases cannot do without. Not so for tests of many draws, which `make test` runs apart. Must precede the import of JAX.
 os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_backend_optimization_level=0"]
-    + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
+    ["--xla_backend_optimization_level=0"] * ("OPTIMIZED" not in os.environ)
+    + ["--xla_cpu_use_fusion_emitters=false"]
+    * ("OPTIMIZED" not in os.environ and importlib.metadata.version("jaxlib").startswith("0.10."))
     + [os.environ.get("XLA_FLAGS", "")]
 )
 
@@ -19,6 +20,14 @@ import pytest
 
 # Missing axes are a bug in code written for one event. A global setting, so that the library's own traces see it.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+LONG = ("test_calibration", "test_particle_gibbs", "test_rtk_gibbs", "test_score_hmc", "test_joint")
+
+
+def pytest_collection_modifyitems(items):
+    """Modules that take long come first, so that no worker is left alone with one of them."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -153,7 +153,7 @@ PARALLEL = """
 @pytest.mark.slow
 def test_parallel_chains_and_progress_bar():
     environment = {key: value for key, value in os.environ.items() if key != "CI" and not key.startswith("PYTEST")}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     command = [sys.executable, "-W", "error::UserWarning:numpyro_rtk", "-c", textwrap.dedent(PARALLEL)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -93,7 +93,8 @@ def test_a_broken_sampler_is_seen(reference):
 
 @pytest.mark.slow
 def test_galaxies_agree_with_ddpm():
-    reference = ddpm_galaxies(256)
+    # 300 steps: `python -m benchmarks.galaxies` has 1000, at three times the cost.
+    reference = ddpm_galaxies(256, num_steps=300)
     for name in ("RTKMALA", "RTKULD"):
         rows = compare_galaxies(galaxies(galaxy_kernels()[name]), reference)
         differing = {key: row for key, row in rows.items() if not agrees(row[2], row[3])}

@@ -583,7 +583,7 @@ np.testing.assert_allclose(draws("parallel"), draws("sequential"), rtol=1e-3, at
 @pytest.mark.slow
 def test_parallel_chains():
     environment = {key: value for key, value in os.environ.items() if key != "CI" and not key.startswith("PYTEST")}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PARALLEL)],
         env=environment,

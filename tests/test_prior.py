@@ -61,9 +61,10 @@ def test_law_of_draws():
     prior = rtk.DiffusionPrior(lambda x, t: score(x, t), (10,))
     draws = [np.asarray(prior.sample(jr.key(seed), (num_draws,))) for seed in range(num_replicates)]
     assert np.mean(reference.distances(draws)) < 1.3 * reference.floor
-    # Control: a segment too few by far.
-    coarse = rtk.DiffusionPrior(score, (10,), segments=6).sample(jr.key(0), (num_draws,))
-    assert reference.distances([coarse])[0] > 2 * reference.floor
+    # Control: far too few segments.
+    coarse = rtk.DiffusionPrior(score, (10,), segments=3)
+    draws = [np.asarray(coarse.sample(jr.key(seed), (num_draws,))) for seed in range(num_replicates)]
+    assert np.mean(reference.distances(draws)) > 2 * reference.floor
 
 
 @pytest.mark.slow
@@ -332,10 +333,11 @@ def test_svi_and_reparam():
         numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
 
     guide = AutoNormal(conjugate)
-    svi = SVI(conjugate, guide, numpyro.optim.Adam(0.02), Trace_ELBO(num_particles=4))
-    result = svi.run(jr.key(0), 2000, progress_bar=False)
-    np.testing.assert_allclose(guide.median(result.params)["x"], 0.8 * y, atol=0.1)
-    np.testing.assert_allclose(result.params["x_auto_scale"], np.sqrt(0.2), rtol=0.15)
+    # The step size falls, or the gradient noise of the last steps would be the error.
+    optimizer = numpyro.optim.Adam(lambda i: 0.05 / (1 + 0.01 * i))
+    result = SVI(conjugate, guide, optimizer, Trace_ELBO(num_particles=4)).run(jr.key(0), 3000, progress_bar=False)
+    np.testing.assert_allclose(guide.median(result.params)["x"], 0.8 * y, atol=0.05)
+    np.testing.assert_allclose(result.params["x_auto_scale"], np.sqrt(0.2), rtol=0.1)
 
     def transformed():
         base = dist.TransformedDistribution(normal(), dist.transforms.AffineTransform(0.0, 2.0))

@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from numpyro.infer.gibbs import Gibbs
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
+from numpyro_rtk._numpyro._joint import joint_init, joint_sample
 from numpyro_rtk._numpyro._model import diffusion_site_names, without_diffusion
 from numpyro_rtk._numpyro._particle_gibbs import ParticleGibbsState, RTKParticleGibbs
+from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
 
 
 class RTKGibbsState(NamedTuple):
@@ -36,16 +39,22 @@ class RTKGibbs(Gibbs):
     whose inner kernel sees the model without the densities of the diffusion sites: they do not depend on its
     sites, so that a leapfrog step costs no score evaluation.
 
-    *Law.* Leaves the joint posterior invariant up to what `RTKParticleGibbs` says of its block. Where a diffusion site and
-    another latent are strongly correlated, Gibbs moves slowly (R-hat and effective sample sizes say so); then use `ScoreHMC`.
+    `RTKGibbs(ScoreHMC(model))` is different: `ScoreHMC` moves *all* latents, the diffusion sites too, after each
+    sweep. Sweeps go between modes, joint trajectories along ridges between a site and a parameter. It takes the place of the
+    local moves (`local=None` unless given), and the model may have no other latents.
 
-    *Cost.* `num_score_evals`, all by particle Gibbs and none by the inner kernel. The state has `diverging` of both blocks;
+    *Law.* Leaves the joint posterior invariant up to what `RTKParticleGibbs`, and `ScoreHMC` if it is there, say of
+    theirs. Where a diffusion site and another latent are strongly correlated, blocks that take turns move slowly (R-hat
+    and effective sample sizes say so); then use `ScoreHMC`, alone or here.
+
+    *Cost.* `num_score_evals`: those of particle Gibbs and none by the inner kernel; with `ScoreHMC`, its own and one per
+    event besides, as its start has moved. The state has `diverging` of both blocks;
     other statistics are `"block_states.0.<field>"` in `extra_fields` for particle Gibbs and `"block_states.1.<field>"` for
     the inner kernel.
 
     Args:
         inner_kernel: A kernel built on the model: `NUTS(model)`, `HMC(model)`, `DiscreteGibbs(model)`, a NumPyro `Gibbs` of
-            several, any that implements `refresh` and `wrap_model`.
+            several, any that implements `refresh` and `wrap_model`; or `ScoreHMC(model)`, for all latents together.
         **options: Arguments of `RTKParticleGibbs`.
 
     Raises:
@@ -71,6 +80,12 @@ class RTKGibbs(Gibbs):
                 "`RTKParticleGibbs(model)` alone."
             )
         self._user_model = model
+        self._joint = isinstance(inner_kernel, ScoreHMC)
+        if self._joint:
+            joint_options: dict[str, Any] = {"local": None, **options}
+            particle_gibbs = RTKParticleGibbs(model, **joint_options)
+            super().__init__([(particle_gibbs, diffusion_site_names), (inner_kernel, None)])
+            return
         free = inner_kernel.wrap_model(without_diffusion)
         free_model = getattr(free, "model")  # noqa: B009 - not every kernel has one
         particle_gibbs = RTKParticleGibbs(model, **options).wrap_model(lambda _: free_model)
@@ -110,7 +125,7 @@ class RTKGibbs(Gibbs):
         """
         if is_prng_key(rng_key):
             return self._init_chain(rng_key, num_warmup, init_params, model_args, model_kwargs)
-        axes = _chain_axes()
+        axes = self._chain_axes()
 
         def one(key: Any, params: Any) -> RTKGibbsState:
             return self._init_chain(key, num_warmup, params, model_args, model_kwargs)
@@ -118,6 +133,17 @@ class RTKGibbs(Gibbs):
         return jax.vmap(one, out_axes=axes)(rng_key, init_params)
 
     def _init_chain(self, rng_key: Any, num_warmup: int, init_params: Any, args: Any, kwargs: Any) -> RTKGibbsState:
+        if self._joint:
+            init_key, next_key = jr.split(rng_key)
+            blocks = joint_init(*self._kernels, init_key, num_warmup, init_params, args, dict(kwargs or {}))  # pyright: ignore
+            self._sample_fn = self._sample_chain  # as NumPyro's `Gibbs` does: tells `MCMC` that a resumed run needs no `init`
+            return RTKGibbsState(
+                z=blocks[1].z,
+                block_states=blocks,
+                rng_key=next_key,
+                diverging=jnp.zeros((), bool),
+                num_score_evals=jnp.zeros_like(blocks[0].num_score_evals),
+            )
         state: Any = super().init(rng_key, num_warmup, init_params, args, kwargs)
         count = jnp.zeros_like(state.block_states[0].num_score_evals)
         state = state._replace(diverging=jnp.zeros((), bool), num_score_evals=count)
@@ -131,16 +157,47 @@ class RTKGibbs(Gibbs):
     def sample(self, state: RTKGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> RTKGibbsState:
         """One sweep over both blocks, for one chain or a batch of them."""
         if is_prng_key(state.rng_key):
-            return _summarized(super().sample(state, model_args, model_kwargs))  # pyright: ignore[reportArgumentType]
+            return self._sample_chain(state, model_args, model_kwargs)
 
         def one(state: RTKGibbsState) -> RTKGibbsState:
-            new: Any = super(RTKGibbs, self).sample(state, model_args, model_kwargs)  # pyright: ignore[reportArgumentType]
-            return _with_shared(_summarized(new), None)
+            return _with_shared(self._sample_chain(state, model_args, model_kwargs), None)
 
         # NumPyro's `Gibbs` refreshes blocks by a `cond`, which gives everything a chain axis; what chains share needs none.
-        shared = state.block_states[0].shared
-        new = jax.vmap(one, in_axes=(_chain_axes(),))(state)
+        shared, axes = state.block_states[0].shared, self._chain_axes()
+        new = jax.vmap(one, in_axes=(axes,), out_axes=axes)(state)
         return _with_shared(new, shared._replace(iteration=shared.iteration + 1))
+
+    def _sample_chain(self, state: RTKGibbsState, args: Any, kwargs: Any) -> RTKGibbsState:
+        if not self._joint:
+            new: Any = super().sample(state, args, kwargs)  # pyright: ignore[reportArgumentType]
+            evaluations = new.block_states[0].num_score_evals
+        else:
+            next_key, _ = jr.split(state.rng_key)
+            blocks: Any
+            blocks, evaluations = joint_sample(*self._kernels, state.block_states, args, dict(kwargs or {}))  # pyright: ignore
+            new = state._replace(z=blocks[1].z, block_states=blocks, rng_key=next_key)
+        flags = [jnp.any(block.diverging) for block in new.block_states if hasattr(block, "diverging")]
+        return new._replace(diverging=jnp.any(jnp.stack(flags)), num_score_evals=evaluations)
+
+    def _chain_axes(self) -> RTKGibbsState:
+        """Axes of the chains in a state: everywhere but in what chains share."""
+        blocks: Any = (
+            _axes_without(ParticleGibbsState, "shared"),
+            _axes_without(ScoreHMCState, "score_arrays") if self._joint else 0,
+        )
+        return RTKGibbsState(z=0, block_states=blocks, rng_key=0, diverging=0, num_score_evals=0)  # pyright: ignore
+
+    def get_constrain_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:
+        """Constrained values of all latents."""
+        if self._joint:
+            return self._kernels[1].get_constrain_fn(model_args, model_kwargs)
+        return super().get_constrain_fn(model_args, model_kwargs)
+
+    def postprocess_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:
+        """Constrained values of all latents, and the deterministic sites."""
+        if self._joint:
+            return self._kernels[1].postprocess_fn(model_args, model_kwargs)
+        return super().postprocess_fn(model_args, model_kwargs)
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "RTKGibbs":
         """A copy whose model is `wrapper(model)`."""
@@ -151,19 +208,11 @@ class RTKGibbs(Gibbs):
         return kernel
 
 
-def _summarized(state: Any) -> RTKGibbsState:
-    """The state with what belongs to both blocks."""
-    flags = [jnp.any(block.diverging) for block in state.block_states if hasattr(block, "diverging")]
-    diverging = jnp.any(jnp.stack(flags))
-    return state._replace(diverging=diverging, num_score_evals=state.block_states[0].num_score_evals)
-
-
 def _with_shared(state: RTKGibbsState, shared: Any) -> RTKGibbsState:
     block: Any = state.block_states[0]
     return state._replace(block_states=(block._replace(shared=shared), *state.block_states[1:]))
 
 
-def _chain_axes() -> RTKGibbsState:
-    """Axes of the chains in a state: everywhere but in what particle Gibbs shares between chains."""
-    block: Any = ParticleGibbsState(*(None if name == "shared" else 0 for name in ParticleGibbsState._fields))  # pyright: ignore
-    return RTKGibbsState(z=0, block_states=(block, 0), rng_key=0, diverging=0, num_score_evals=0)  # pyright: ignore
+def _axes_without(state: Any, shared: str) -> Any:
+    """Chain axes of all fields of a state but one."""
+    return state(*(None if name == shared else 0 for name in state._fields))

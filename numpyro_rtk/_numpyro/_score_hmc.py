@@ -309,20 +309,43 @@ class ScoreHMC(MCMCKernel):
 
     def refresh(self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> ScoreHMCState:
         """Evaluate the exact part of the potential for other arguments; no score evaluation but where priors have energies."""
+        return self._at(state, {}, model_args, model_kwargs)
+
+    def moved(
+        self, state: ScoreHMCState, z: Leaves, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ScoreHMCState:
+        """The state after another kernel moved some of the latents: one score evaluation per diffusion event.
+
+        `relative_potential_energy` and `energy` do not know what the diffusion priors without an energy contribute to that move.
+
+        Args:
+            state: The state.
+            z: Unconstrained values of the latents that moved.
+            model_args: Arguments of the model.
+            model_kwargs: Keyword arguments of the model.
+        """
+        return self._at(state, z, model_args, model_kwargs)
+
+    def _at(
+        self, state: ScoreHMCState, moved: Leaves, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ScoreHMCState:
+        """The state where some latents have other values, or for other arguments; scores are evaluated where they moved."""
         arrays = state.score_arrays
         evaluate, _ = self._evaluate_with(arrays, model_args, model_kwargs)
 
-        def refresh(state: ScoreHMCState) -> ScoreHMCState:
-            point = evaluate(state.z, state.score)
+        def update(state: ScoreHMCState, moved: Leaves) -> ScoreHMCState:
+            point = evaluate(state.z | moved, None if moved else state.score)
             change = point.potential - state.potential
             return state._replace(
+                z=point.position,
+                score=point.score,
                 potential=point.potential,
                 gradient=point.gradient,
                 relative_potential_energy=state.relative_potential_energy + change,
             )
 
         chain = state._replace(score_arrays=HoistedArrays((), ""))
-        new = refresh(chain) if is_prng_key(state.rng_key) else jax.vmap(refresh)(chain)
+        new = update(chain, moved) if is_prng_key(state.rng_key) else jax.vmap(update)(chain, moved)
         return new._replace(score_arrays=arrays)
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "ScoreHMC":
