@@ -106,7 +106,7 @@ def conditional_sweep(
 
     def guided(key: RandomKey, level: Count, point: Point, preconditioner: Preconditioner) -> tuple[Point, MoveInfo]:
         step_size = tuning.guided_step_size[level]
-        return posterior.mala_steps(key, level, point, preconditioner, step_size, num_guided_steps)
+        return posterior.mala_steps(key, level, point, preconditioner, step_size, num_guided_steps, guided=True)
 
     # Up: at each level keep the point that the path leaves downwards from, and the one it arrives at from above.
     def climb(carry: Any) -> Any:
@@ -193,13 +193,14 @@ def _difference(new: Array, old: Array) -> Array:
 def sweep_evaluations(posterior: Posterior, depth: Count, num_particles: int, num_guided_steps: int) -> Count:
     """Score evaluations of a conditional sweep of a depth, each counted for one event of every site.
 
-    The pinned path costs `num_guided_steps + 1` a level; each other particle one reverse transition and
-    `num_guided_steps`. A full sweep evaluates the free particles at the noisiest level, too.
+    The pinned path costs its guided steps and 1 a level; each other particle one reverse transition and its guided steps.
+    A full sweep evaluates the free particles at the noisiest level, too.
     """
     num_free, last = num_particles - 1, posterior.num_levels - 1
     transitions = jnp.minimum(depth, last)
-    per_particle = num_guided_steps + posterior.evaluations_per_reverse + posterior.evaluations_to_prepare
-    per_level = num_guided_steps + 1 + num_free * per_particle
+    guided = num_guided_steps * posterior.evaluations_per_guided_step
+    per_particle = guided + posterior.evaluations_per_reverse + posterior.evaluations_to_prepare
+    per_level = guided + 1 + num_free * per_particle
     return transitions * per_level + jnp.where(depth > last, num_free, 0)
 
 
@@ -227,7 +228,7 @@ def unconditional_sweep(
 
     With `adapt` the guided step sizes follow their acceptance, and the powers of tempered twists keep half of the
     effective sample size where they can; then the estimate of the evidence is not exactly unbiased.
-    `num_particles * (1 + segments * (num_guided_steps + evaluations_per_reverse))` evaluations.
+    `num_particles * (1 + segments * (num_guided_steps * evaluations_per_guided_step + evaluations_per_reverse))` evaluations.
     """
     last, max_step = posterior.num_levels - 1, max_step_size(posterior)
     noise_key, scan_key, resample_key, choose_key = jr.split(key, 4)
@@ -257,7 +258,7 @@ def unconditional_sweep(
         def move(carry: Any, inputs: Any) -> Any:
             points, log_step = carry
             key, i = inputs
-            one = jax.vmap(lambda k, p: now.mala(k, level, p, preconditioner, jnp.exp(log_step)))
+            one = jax.vmap(lambda k, p: now.mala(k, level, p, preconditioner, jnp.exp(log_step), guided=True))
             points, info = one(jr.split(key, num_particles), points)
             change = 1.5 / jnp.sqrt(i + 1.0) * (jnp.mean(info.accept_prob) - target_accept_prob)
             return (points, jnp.where(adapt, jnp.minimum(log_step + change, jnp.log(max_step)), log_step)), None

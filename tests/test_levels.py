@@ -9,7 +9,23 @@ import numpy as np
 import pytest
 
 import numpyro_rtk as rtk
-from numpyro_rtk._levels import mean_prediction, MIN_RELATIVE_CURVATURE, noise_levels, PILOT_PRIOR_DRAWS, prior_draws, run_pilot
+from numpyro_rtk._levels import (
+    candidate_levels,
+    chosen_grid,
+    EVEN_SHARE,
+    MAX_PROBES,
+    mean_prediction,
+    MIN_RELATIVE_CURVATURE,
+    noise_levels,
+    NUM_CANDIDATES,
+    NUM_PROBED_LEVELS,
+    PILOT_PRIOR_DRAWS,
+    place_levels,
+    prior_draws,
+    run_pilot,
+    transition_difficulty,
+)
+from numpyro_rtk._reverse import segment_grid
 from numpyro_rtk._schedule import segment_times
 from tests.helpers import Counter, SCHEDULES
 
@@ -104,3 +120,105 @@ def test_prior_draws_cost_forty_evaluations_each():
     draws = prior_draws(jr.key(0), score, rtk.OU(), (3,), jnp.float32, 2)
     assert draws.shape == (2, 3)
     assert score.count == 2 * 40
+
+
+# Where levels are placed.
+
+
+@pytest.mark.parametrize("name", ["OU", "VE", "FlowMatching", "DiscreteVP"])
+def test_a_chosen_grid_is_the_grid_of_its_times(name):
+    schedule = SCHEDULES[name]
+    candidates = candidate_levels(schedule, NUM_SEGMENTS, jnp.float32)
+    difficulty = jnp.exp(-((jnp.arange(candidates.t.size) - 90.0) ** 2) / 400)
+    grid, levels = chosen_grid(candidates, place_levels(difficulty, NUM_SEGMENTS))
+    times = np.asarray(levels.t)
+    assert times[0] == np.float32(schedule.t_max)
+    assert times[-1] == np.float32(schedule.t_min)
+    for chosen, exact in [
+        (grid, segment_grid(schedule, times, jnp.float32)),
+        (levels, noise_levels(schedule, times, jnp.float32)),
+    ]:
+        for field, one, other in zip(chosen._fields, chosen, exact, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7, err_msg=field)
+
+
+def test_levels_are_dense_as_the_root_of_the_difficulty():
+    # Four times the difficulty in the first half: twice the levels there, and the even share.
+    difficulty = jnp.where(jnp.arange(4001) < 2000, 4.0, 1.0)
+    indices = np.asarray(place_levels(difficulty, 240))
+    share = np.mean(indices < 2000)
+    assert abs(share - ((1 - EVEN_SHARE) * 2 / 3 + EVEN_SHARE / 2)) < 0.01
+    assert np.all(np.diff(indices) > 0)
+    assert (indices[0], indices[-1]) == (0, 4000)
+
+
+@pytest.mark.parametrize("difficulty", [np.zeros(41), np.ones(41), np.eye(41)[20], np.eye(41)[40] * 1e30])
+@pytest.mark.parametrize("num_segments", [1, 7, 39, 40])
+def test_levels_are_distinct_and_reach_both_ends(difficulty, num_segments):
+    indices = np.asarray(place_levels(jnp.asarray(difficulty, jnp.float32), num_segments))
+    assert indices.shape == (num_segments + 1,)
+    assert (indices[0], indices[-1]) == (0, 40)
+    assert np.all(np.diff(indices) > 0)
+    if np.ptp(difficulty) == 0:
+        np.testing.assert_array_equal(indices, np.round(np.linspace(0, 40, num_segments + 1)))
+
+
+def difficulty_of(score, schedule, dim, num_draws=MAX_PROBES):
+    candidates = candidate_levels(schedule, NUM_SEGMENTS, jnp.float32)
+    draws = score.sample(jr.key(0), num_draws, schedule.t_min)
+    assert draws.shape == (num_draws, dim)
+    difficulty = jax.jit(lambda draws: transition_difficulty(jr.key(1), score, candidates, draws))(draws)
+    return candidates, np.asarray(difficulty)
+
+
+@pytest.mark.parametrize("name", ["OU", "VE"])
+def test_transitions_of_an_independent_gaussian_are_not_difficult(name):
+    _, difficulty = difficulty_of(gaussian(SCHEDULES[name])[0], SCHEDULES[name], 3)
+    assert np.all(difficulty < 1e-4)
+
+
+@pytest.mark.parametrize("half_distance", [4.0, 40.0])
+def test_transitions_are_difficult_where_modes_part(half_distance):
+    schedule = rtk.OU(t_max=9.0)
+    means = half_distance * np.array([[-1.0, 0.0], [1.0, 0.0]])
+    score = rtk.GaussianMixtureScore(np.array([0.3, 0.7]), means, np.stack([np.eye(2)] * 2), schedule)
+    candidates, difficulty = difficulty_of(score, schedule, 2)
+    ratio = np.asarray(candidates.sigma / candidates.alpha)
+    # Modes part at a noise of about their distance from the middle; no closer, and no further, is anything difficult.
+    assert 0.3 < ratio[np.argmax(difficulty)] / half_distance < 1.5
+    assert np.all(difficulty[ratio < 0.1 * half_distance] < 0.02 * difficulty.max())
+    assert np.all(difficulty[ratio > 10 * half_distance] < 0.02 * difficulty.max())
+
+
+def test_levels_placed_where_modes_part_give_them_their_weights():
+    schedule = rtk.OU(t_max=7.0)
+    score = rtk.GaussianMixtureScore(np.array([0.2, 0.8]), np.array([[-8.0], [8.0]]), np.ones((2, 1, 1)), schedule)
+    candidates, difficulty = difficulty_of(score, schedule, 1)
+    even = place_levels(jnp.ones(candidates.t.size), 10)
+    errors = []
+    for indices in (place_levels(jnp.asarray(difficulty), 10), even):
+        times = np.asarray(candidates.t[indices])
+        prior = rtk.DiffusionPrior(score, (1,), segments=times, inner=rtk.PreconditionedMALA(energy_difference=rtk.ExactEnergy()))
+        errors.append(abs(float(np.mean(np.asarray(prior.sample(jr.key(2), (20_000,))) < 0)) - 0.2))
+    # Five standard errors of the draws, and a control: evenly placed levels miss by far.
+    assert errors[0] < 0.015, errors
+    assert errors[1] > 0.018, errors
+
+
+def test_difficulty_costs_two_evaluations_per_draw_and_probed_level():
+    score = Counter(gaussian(rtk.OU())[0])
+    candidates = candidate_levels(rtk.OU(), NUM_SEGMENTS, jnp.float32)
+    assert candidates.t.size == NUM_CANDIDATES + 1
+    probe = jax.jit(lambda draws: transition_difficulty(jr.key(0), score, candidates, draws))
+    jax.block_until_ready(probe(jnp.ones((5, 3))))
+    assert score.count == 2 * 5 * NUM_PROBED_LEVELS
+    jax.block_until_ready(probe(jnp.ones((MAX_PROBES + 10, 3))))
+    assert score.count == 2 * (5 + MAX_PROBES) * NUM_PROBED_LEVELS
+
+
+def test_a_failing_network_does_not_spoil_the_difficulty():
+    schedule = rtk.OU()
+    candidates = candidate_levels(schedule, NUM_SEGMENTS, jnp.float32)
+    difficulty = transition_difficulty(jr.key(0), lambda x, t: jnp.where(t < 0.5, jnp.nan, -(x**3)), candidates, jnp.ones((4, 2)))
+    assert np.all(np.isfinite(difficulty))
+    assert np.any(np.asarray(difficulty) > 0)

@@ -233,8 +233,9 @@ def test_num_score_evals_are_those_of_the_network(local, energy):
         state = jax.block_until_ready(step(state))
         assert int(state.depth) == depth
         # The energies of `PreconditionedMALA` are not asked for: one more evaluation a transition where there are any.
-        inner, last = 2 + energy, min(depth, segments)
-        expected = 1 + last * (3 + 2 * (2 + inner)) + (2 if depth > segments else 0)
+        # Two guided steps a level: two evaluations each where Simpson's rule needs a midpoint.
+        inner, guided, last = 2 + energy, 2 if energy else 4, min(depth, segments)
+        expected = 1 + last * (guided + 1 + 2 * (guided + inner)) + (2 if depth > segments else 0)
         expected += 0 if local is None else local.num_evaluations
         assert int(state.num_score_evals) == 2 * expected
         if energy:

@@ -20,9 +20,20 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
 from numpyro_rtk._checks import check_first_call, check_inner, check_score_shape, resolve_segments
+from numpyro_rtk._energy import ExactEnergy, Simpson
 from numpyro_rtk._hoist import hoist, HoistedArrays
 from numpyro_rtk._inner import AbstractInnerKernel, PreconditionedMALA
-from numpyro_rtk._levels import noise_levels, Pilot, prior_draws, run_pilot
+from numpyro_rtk._levels import (
+    candidate_levels,
+    chosen_grid,
+    Levels,
+    noise_levels,
+    Pilot,
+    place_levels,
+    prior_draws,
+    run_pilot,
+    transition_difficulty,
+)
 from numpyro_rtk._local import AbstractLocalMove, LocalHMC
 from numpyro_rtk._numpyro._checks import check_target_accept_prob
 from numpyro_rtk._numpyro._model import (
@@ -43,11 +54,15 @@ from numpyro_rtk._particle_gibbs import (
     unconditional_sweep,
 )
 from numpyro_rtk._posterior import Posterior, SiteLaw
-from numpyro_rtk._reverse import rule_step_size, segment_grid
+from numpyro_rtk._reverse import rule_step_size, segment_grid, SegmentGrid
 from numpyro_rtk._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS, MAX_RESIDUALS
 
 
 DEFAULT_LEVEL_SEGMENTS = 24
+
+MAX_INNER_STEP_SIZE = 4.0
+"""`max_step_size` of the default inner kernel where energy differences are good: nearly an independent draw."""
+
 DEPTH_FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
 """Depths of the refreshes that warmup chooses among, as fractions of the levels."""
 
@@ -64,6 +79,8 @@ class Shared(NamedTuple):
 
     score_arrays: HoistedArrays
     """The networks' arrays, kept here so that they are arguments of the compiled program."""
+    grids: tuple[tuple[SegmentGrid, Levels], ...]
+    """Segments and levels of each site."""
     pilots: tuple[Pilot, ...]
     """What prior draws taught about each site's levels."""
     reference: Float[Array, " dim"]
@@ -149,9 +166,11 @@ class RTKParticleGibbs(MCMCKernel):
     `PreconditionedMALA`, `LocalHMC`). `p_{t_min}` is the law of the data noised to `t_min`.
 
     *Cost.* `num_score_evals` in the state. A full sweep with `K` segments, `P` particles, `G` guided steps and an inner kernel
-    of `S` steps costs, per event of every site, `K (G + 1 + (P - 1)(S + 1 + G)) + P` and the local moves, vectorised over
-    particles (one more per transition where the score has an energy). `init` draws `num_pilot_draws` from the prior (40
-    evaluations each and one per level) and runs two unconditional sweeps with `num_start_steps`.
+    of `E` evaluations a transition (3 by default) costs, per event of every site, `K (G + 1 + (P - 1)(E + G)) + P` and the
+    local moves, vectorised over particles. A guided step counts twice with `guidance="mean"`, for Simpson's rule, unless all
+    scores have an energy, where a transition counts one more. `init` draws `num_pilot_draws` from the prior (40
+    evaluations each and one per level; for 64 of them 64 more, to place the levels) and runs two unconditional sweeps
+    with `num_start_steps`.
 
     *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of tempered twists,
     the second gives the start and an estimate of the log evidence. `init_params` replaces the start.
@@ -164,8 +183,11 @@ class RTKParticleGibbs(MCMCKernel):
         model: A NumPyro model whose only unobserved sites, apart from those a composite conditions on, are `DiffusionPrior`
             sites: several sites, plates and batch shapes are fine, `scan`, `mask` and `scale` on them are not.
         num_particles: At least 2, the pinned one included.
-        segments: Number of segments between noise levels, for every site on its own schedule, or one time grid for all.
-        inner: Inner kernel of the reverse transitions; `None` is `PreconditionedMALA()`.
+        segments: Number of segments between noise levels (`None` is 24), placed for every site where its reverse transitions
+            are measured to be far from Gaussian, as where modes part; or one time grid for all sites.
+        inner: Inner kernel of the reverse transitions. `None` is `PreconditionedMALA`, at 3 evaluations a transition: one long
+            step with `Simpson()` up to 100 dimensions over all sites, two short steps with the trapezoid rule above, and
+            two long steps with `ExactEnergy()` where all scores have an energy.
         twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers anything else.
         num_guided_steps: Guided MALA steps per level and particle; 0 for none.
         num_start_steps: Guided MALA steps per level and particle of the unconditional sweeps that find a start.
@@ -230,7 +252,7 @@ class RTKParticleGibbs(MCMCKernel):
         self._model = model
         self._num_particles = int(num_particles)
         self._segments = segments
-        self._inner = PreconditionedMALA() if inner is None else inner
+        self._inner = inner
         self._twist = twist
         self._num_guided_steps = int(num_guided_steps)
         self._num_start_steps = int(num_start_steps)
@@ -278,6 +300,17 @@ class RTKParticleGibbs(MCMCKernel):
     def _times(self, site: DiffusionSite) -> np.ndarray:
         return resolve_segments(site.prior.schedule, self._segments, DEFAULT_LEVEL_SEGMENTS)
 
+    def _inner_for(self, sites: tuple[DiffusionSite, ...]) -> AbstractInnerKernel:
+        """The inner kernel that was given, or the default for these sites."""
+        if self._inner is not None:
+            return self._inner
+        if all(callable(getattr(site.prior.score_fn, "energy", None)) for site in sites):
+            return PreconditionedMALA(energy_difference=ExactEnergy(), max_step_size=MAX_INNER_STEP_SIZE)
+        if sum(math.prod(site.shape) for site in sites) > MAX_MEAN_SLOPE_DIM:
+            return PreconditionedMALA()
+        # The cost of two steps with the trapezoid rule, and hardly any error in a prior of several modes.
+        return PreconditionedMALA(num_steps=1, energy_difference=Simpson(), max_step_size=MAX_INNER_STEP_SIZE)
+
     def _hoist(self, sites: tuple[DiffusionSite, ...], dtype: Any) -> Any:
         """The networks' arrays of all sites, and functions that rebuild the scores from them."""
         found = []
@@ -291,23 +324,19 @@ class RTKParticleGibbs(MCMCKernel):
         arrays = HoistedArrays([one[0].arrays for one in found], fingerprint)
         return arrays, lambda arrays: [one[1](part) for one, part in zip(found, arrays, strict=True)]
 
-    def _laws(self, sites: tuple[DiffusionSite, ...], scores: list[Any], pilots: Any, dtype: Any) -> tuple[SiteLaw, ...]:
-        laws = []
-        for site, score_fn, pilot in zip(sites, scores, pilots, strict=True):
-            times = self._times(site)
-            schedule = site.prior.schedule
-            laws.append(
-                SiteLaw(
-                    score_fn=score_fn,
-                    has_energy=callable(getattr(site.prior.score_fn, "energy", None)),
-                    grid=segment_grid(schedule, times, dtype),
-                    levels=noise_levels(schedule, times, dtype),
-                    pilot=pilot,
-                    event_shape=site.prior.event_shape,
-                    batch_size=math.prod(site.batch_shape),
-                )
+    def _laws(self, sites: tuple[DiffusionSite, ...], scores: list[Any], shared: Shared) -> tuple[SiteLaw, ...]:
+        return tuple(
+            SiteLaw(
+                score_fn=score_fn,
+                has_energy=callable(getattr(site.prior.score_fn, "energy", None)),
+                grid=grid,
+                levels=levels,
+                pilot=pilot,
+                event_shape=site.prior.event_shape,
+                batch_size=math.prod(site.batch_shape),
             )
-        return tuple(laws)
+            for site, score_fn, (grid, levels), pilot in zip(sites, scores, shared.grids, shared.pilots, strict=True)
+        )
 
     def _terms(self, sites: tuple[DiffusionSite, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The likelihood of a flat vector, split for the twist."""
@@ -318,11 +347,11 @@ class RTKParticleGibbs(MCMCKernel):
     def _posterior(
         self, sites: tuple[DiffusionSite, ...], shared: Shared, log_beta: Array, rebuild: Any, args: Any, kwargs: Any
     ) -> Posterior:
-        laws = self._laws(sites, rebuild(shared.score_arrays.arrays), shared.pilots, log_beta.dtype)
+        laws = self._laws(sites, rebuild(shared.score_arrays.arrays), shared)
         terms = self._terms(sites, args, kwargs)
         dim = sum(law.size for law in laws)
         jacobian = dim > MAX_MEAN_SLOPE_DIM if self._guidance is None else self._guidance == "jacobian"
-        return Posterior(laws, terms, self._inner, log_beta, jacobian=jacobian)
+        return Posterior(laws, terms, self._inner_for(sites), log_beta, jacobian=jacobian)
 
     # The kernel.
 
@@ -359,7 +388,7 @@ class RTKParticleGibbs(MCMCKernel):
             values = _read_init_params(init_params, sites, batched, dtype)
 
         # A fixed key: what is measured is a property of the prior.
-        draws, pilots = jax.jit(functools.partial(self._measure, sites, rebuild, dtype))(arrays.arrays)
+        draws, grids, pilots = jax.jit(functools.partial(self._measure, sites, rebuild, dtype))(arrays.arrays)
         flat_draws = _flatten_draws(sites, draws)
         num_observations = jax.eval_shape(terms, jax.ShapeDtypeStruct(flat_draws.shape[1:], dtype)).whitened.shape[0]
         if self._twist is not None and self._twist.gaussian and num_observations == 0:
@@ -371,7 +400,7 @@ class RTKParticleGibbs(MCMCKernel):
         # Only covariances that are formed need all residuals.
         kept = MAX_RESIDUALS if num_observations > MAX_EXACT_OBSERVATIONS else self._num_pilot_draws if num_observations else 0
         pilots = tuple(pilot._replace(residuals=pilot.residuals[:, :kept]) for pilot in pilots)
-        shared = Shared(arrays, pilots, jnp.mean(flat_draws, axis=0), jnp.zeros((), int), jnp.asarray(num_warmup, int))
+        shared = Shared(arrays, grids, pilots, jnp.mean(flat_draws, axis=0), jnp.zeros((), int), jnp.asarray(num_warmup, int))
 
         def start(key: Any, value: Any, shared: Shared) -> ParticleGibbsState:
             return self._start(key, value, shared, sites, rebuild, num_levels, num_warmup, model_args, kwargs, dtype)
@@ -399,23 +428,30 @@ class RTKParticleGibbs(MCMCKernel):
         for site in sites:
             prior = site.prior
             x, t = jax.ShapeDtypeStruct(prior.event_shape, dtype), jax.ShapeDtypeStruct((), dtype)
-            check_inner(self._inner, prior.score_fn, sizes[site.name] - 1)
+            check_inner(self._inner_for(sites), prior.score_fn, sizes[site.name] - 1)
             check_score_shape(prior.score_fn, x, t, (), {})
             check_first_call(
                 prior.score_fn, segment_grid(prior.schedule, self._times(site), dtype), prior.event_shape, dtype, (), {}
             )
 
     def _measure(self, sites: tuple[DiffusionSite, ...], rebuild: Any, dtype: Any, arrays: Any) -> Any:
-        """Prior draws of each site, and what they teach about its levels."""
-        all_draws, pilots = [], []
+        """Prior draws of each site, its levels, and what the draws teach about them."""
+        all_draws, grids, pilots = [], [], []
         for site, score_fn in zip(sites, rebuild(arrays), strict=True):
-            draw_key, pilot_key = jr.split(jr.key(0))
-            schedule = site.prior.schedule
+            draw_key, pilot_key, probe_key = jr.split(jr.key(0), 3)
+            schedule, times = site.prior.schedule, self._times(site)
             draws = prior_draws(draw_key, score_fn, schedule, site.prior.event_shape, dtype, self._num_pilot_draws)
             draws = jnp.where(jnp.isfinite(draws), draws, 0.0)
+            grid, levels = segment_grid(schedule, times, dtype), noise_levels(schedule, times, dtype)
+            if np.ndim(self._segments) == 0:
+                candidates = candidate_levels(schedule, times.size - 1, dtype)
+                if candidates.t.size >= times.size:
+                    difficulty = transition_difficulty(probe_key, score_fn, candidates, draws)
+                    grid, levels = chosen_grid(candidates, place_levels(difficulty, times.size - 1))
             all_draws.append(draws)
-            pilots.append(run_pilot(pilot_key, score_fn, noise_levels(schedule, self._times(site), dtype), draws))
-        return all_draws, tuple(pilots)
+            grids.append((grid, levels))
+            pilots.append(run_pilot(pilot_key, score_fn, levels, draws))
+        return all_draws, tuple(grids), tuple(pilots)
 
     def _start(
         self,
@@ -437,13 +473,13 @@ class RTKParticleGibbs(MCMCKernel):
         step_size = jnp.stack(
             [
                 rule_step_size(
-                    self._inner, law.grid, jnp.mean(law.pilot.curvature.reshape(num_levels, -1)[1:], -1), law.event_size
+                    posterior.inner, law.grid, jnp.mean(law.pilot.curvature.reshape(num_levels, -1)[1:], -1), law.event_size
                 )
                 for law in posterior.sites
             ],
             axis=1,
         )
-        step_size = jnp.minimum(step_size, getattr(self._inner, "max_step_size", jnp.inf))
+        step_size = jnp.minimum(step_size, getattr(posterior.inner, "max_step_size", jnp.inf))
         guided = jnp.full(num_levels - 1, 0.5 * max_step_size(posterior) * posterior.dim ** (-1 / 3), dtype)
         options = (self._num_particles, max(self._num_start_steps, self._num_guided_steps), self._target_accept_prob)
 
@@ -548,7 +584,7 @@ class RTKParticleGibbs(MCMCKernel):
         chain = state._replace(shared=None)  # pyright: ignore
         new = (jax.vmap(step, in_axes=(0, None)) if batched else step)(chain, shared)
         iteration = shared.iteration + 1
-        self._warn_at_end(new.adapt_state, shared, iteration, sites)
+        self._warn_at_end(new.adapt_state, shared, iteration)
         return new._replace(shared=shared._replace(iteration=iteration))
 
     def _step(
@@ -615,7 +651,8 @@ class RTKParticleGibbs(MCMCKernel):
         averaging = (adapt.averaging[0], jax.vmap(init)(jnp.log(info.guided_step_size)), adapt.averaging[2])
         usable = (point.log_twist > -jnp.inf) & jnp.all(jnp.isfinite(point.x))
         z = jax.tree.map(lambda new, old: jnp.where(usable, new, old), _unflatten(sites, point.x), state.z)
-        per_level = num_steps + posterior.evaluations_per_reverse + posterior.evaluations_to_prepare
+        per_level = num_steps * posterior.evaluations_per_guided_step
+        per_level += posterior.evaluations_per_reverse + posterior.evaluations_to_prepare
         evaluations = self._num_particles * (1 + (posterior.num_levels - 1) * per_level)
         nan = jnp.asarray(jnp.nan, point.x.dtype)
         return state._replace(
@@ -656,13 +693,13 @@ class RTKParticleGibbs(MCMCKernel):
             return new, jnp.exp(jnp.clip(jnp.where(is_last, new[1], new[0]), *map(jnp.log, bounds)))
 
         largest = max_step_size(posterior)
-        inner_bounds = (MIN_STEP_SIZE, getattr(self._inner, "max_step_size", 1e6))
+        inner_bounds = (MIN_STEP_SIZE, getattr(posterior.inner, "max_step_size", 1e6))
         guided_averaging, guided = jax.vmap(lambda s, p: average(s, p, (MIN_STEP_SIZE, largest)))(
             state.averaging[1], info.guided_accept_prob
         )
         local_averaging, local = average(state.averaging[2], local_accept, (MIN_STEP_SIZE, MAX_LOCAL_STEP_SIZE))
         inner_averaging, inner = state.averaging[0], state.step_size
-        if self._inner.adapts_step_size and getattr(self._inner, "step_size", None) is None:
+        if posterior.inner.adapts_step_size and getattr(posterior.inner, "step_size", None) is None:
             by_site = jax.vmap(lambda s, p: average(s, p, inner_bounds), in_axes=(0, None))
             inner_averaging, inner = jax.vmap(by_site)(state.averaging[0], info.accept_prob)
         local = _given(self._local, local)
@@ -697,24 +734,21 @@ class RTKParticleGibbs(MCMCKernel):
         )
         return jax.tree.map(lambda x, y: jnp.where(warming, x, y).astype(y.dtype), new, state)
 
-    def _warn_at_end(
-        self, state: ParticleGibbsAdaptState, shared: Shared, iteration: Array, sites: tuple[DiffusionSite, ...]
-    ) -> None:
+    def _warn_at_end(self, state: ParticleGibbsAdaptState, shared: Shared, iteration: Array) -> None:
         """Warn of collapsed levels when warmup ends; called once per program, fires once per run and chain."""
-        times = self._times(sites[0])
-
         num_warmup = jnp.max(shared.num_warmup)
 
-        def warn(is_end: Any, collapsed: Any, visits: Any) -> None:
+        def warn(is_end: Any, collapsed: Any, visits: Any, times: Any) -> None:
             # Where chains are mapped from outside, the `cond` is a select, and this is called in every iteration.
             if np.all(is_end):
+                times = np.asarray(times).reshape(-1, np.shape(collapsed)[-1])[0]
                 _warn_collapsed(np.asarray(collapsed), np.asarray(visits), times, self._num_particles)
 
         if self._num_particles > COLLAPSED:
             is_end = iteration == num_warmup
             jax.lax.cond(
                 is_end,
-                lambda: jax.debug.callback(warn, is_end, state.num_collapsed, state.num_visits),
+                lambda: jax.debug.callback(warn, is_end, state.num_collapsed, state.num_visits, shared.grids[0][1].t),
                 lambda: None,
             )
 
