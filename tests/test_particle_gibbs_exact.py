@@ -273,7 +273,7 @@ class Move:
 
 
 def guided(posterior, key, point, preconditioner, level):
-    return posterior.mala_steps(key, jnp.asarray(level), point, preconditioner, jnp.asarray(0.7), 3)
+    return posterior.mala_steps(key, jnp.asarray(level), point, preconditioner, jnp.asarray(0.7), 3, guided=True)
 
 
 def local(kernel, step_size):
@@ -288,11 +288,16 @@ def constant(x):
     return Terms(jnp.zeros(0), jnp.zeros(()), 0.0 * jnp.sum(x))
 
 
+NO_ENERGY = "guided, middle level, prior, by Simpson's rule"
+
+
 @functools.cache
 def moves(name):
     times = np.asarray(law().levels.t)
     if name == "guided, middle level, prior":
         return Move(name, MIDDLE, law(), constant, at_level(DATA, times[MIDDLE]), guided)
+    if name == NO_ENERGY:
+        return Move(name, MIDDLE, law()._replace(has_energy=False), constant, at_level(DATA, times[MIDDLE]), guided)
     if name.startswith("guided, middle level, Gaussian"):
         target = level_target(make_posterior(gaussian_law(), GAUSSIAN, ExactReverse(GAUSSIAN_PRIOR, SCHEDULE)), MIDDLE)
         return Move(name, MIDDLE, gaussian_law(), GAUSSIAN, target, guided)
@@ -304,7 +309,14 @@ def moves(name):
     return Move(name, NUM_SEGMENTS, law(), GAUSSIAN, POSTERIOR, last[name])
 
 
-MOVES = ["guided, middle level, prior", "guided, middle level, Gaussian", "guided, last level", "LocalMALA", "LocalHMC"]
+MOVES = [
+    "guided, middle level, prior",
+    NO_ENERGY,
+    "guided, middle level, Gaussian",
+    "guided, last level",
+    "LocalMALA",
+    "LocalHMC",
+]
 
 
 class Unadjusted(Posterior):
@@ -318,8 +330,22 @@ class OtherLevel(Posterior):
     def evaluate(self, level, x):
         return super().evaluate(level - 1, x)
 
+    def log_prior_difference_at_midpoint(self, level, here, there):
+        return super().log_prior_difference_at_midpoint(level - 1, here, there)
 
-BROKEN = [(name, Unadjusted) for name in MOVES] + [(name, OtherLevel) for name in MOVES if "HMC" not in name]
+
+class WrongSign(Posterior):
+    """Simpson's rule from the proposal to the point."""
+
+    def log_prior_difference_at_midpoint(self, level, here, there):
+        return super().log_prior_difference_at_midpoint(level, there, here)
+
+
+BROKEN = (
+    [(NO_ENERGY, WrongSign)]
+    + [(name, Unadjusted) for name in MOVES]
+    + [(name, OtherLevel) for name in MOVES if "HMC" not in name]
+)
 
 
 def after_move(name, cls=Posterior):
@@ -346,7 +372,7 @@ def test_exact_draws_stay_exact_under_gradient_moves(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MOVES if "guided" in name])
+@pytest.mark.parametrize("name", [name for name in MOVES if "guided" in name and name != NO_ENERGY])
 def test_exact_draws_stay_exact_under_moves_guided_through_the_denoiser(name):
     check_move(name, ThroughDenoiser)
 
