@@ -23,6 +23,7 @@ from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKParticleGibbs
+from numpyro_rtk._numpyro._model import latent_diffusion_sites
 from numpyro_rtk._numpyro._particle_gibbs import _depths, _warn_collapsed
 from tests.helpers import Counter
 
@@ -241,6 +242,57 @@ def test_num_score_evals_are_those_of_the_network(local, energy):
         if energy:
             continue  # the inner kernel's own calls are not counted here
         assert counter.count - before == int(state.num_score_evals)
+
+
+def placed_times(score_fn, segments):
+    prior = DiffusionPrior(score_fn, (1,), rtk.OU(t_max=7.0))
+
+    def model():
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros(1))
+
+    state = make(model, segments=segments, num_pilot_draws=64).init(jr.key(0), 0, None, (), {})
+    grid, levels = state.shared.grids[0]
+    np.testing.assert_array_equal(levels.t, np.append(grid.t, grid.s[-1]))
+    return np.asarray(levels.t)
+
+
+def test_a_number_of_segments_is_placed_and_a_grid_is_kept():
+    schedule = rtk.OU(t_max=7.0)
+    modes = rtk.GaussianMixtureScore(np.ones(2), np.array([[-8.0], [8.0]]), np.ones((2, 1, 1)), schedule)
+    even = rtk.segment_times(schedule, 8, rho=np.inf)
+    np.testing.assert_allclose(placed_times(standard_normal, 8), even, rtol=0.02)
+    np.testing.assert_array_equal(placed_times(modes, even), np.float32(even))
+    placed = placed_times(modes, 8)
+    assert placed.shape == even.shape
+
+    def where_modes_part(times):
+        ratio = np.asarray(schedule.sigma(times) / schedule.alpha(times))
+        return np.sum((ratio > 2.0) & (ratio < 16.0))
+
+    assert where_modes_part(placed) >= where_modes_part(even) + 2
+
+
+@pytest.mark.parametrize(
+    ("has_energy", "dim", "expected"),
+    [
+        (False, 100, rtk.PreconditionedMALA(num_steps=1, energy_difference=rtk.Simpson(), max_step_size=4.0)),
+        (False, 101, rtk.PreconditionedMALA()),
+        (True, 101, rtk.PreconditionedMALA(energy_difference=rtk.ExactEnergy(), max_step_size=4.0)),
+    ],
+)
+def test_the_default_inner_kernel(has_energy, dim, expected):
+    score_fn = rtk.EnergyScore(lambda x, t: 0.5 * jnp.sum(x**2)) if has_energy else standard_normal
+
+    def model():
+        x = numpyro.sample("x", DiffusionPrior(score_fn, (dim,)))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros(dim))
+
+    kernel = RTKParticleGibbs(model)
+    inner = kernel._inner_for(latent_diffusion_sites(model, jr.key(0), (), {}))
+    assert inner == expected
+    # Either way three evaluations a transition.
+    assert inner.evaluations_per_segment == 3
 
 
 # Bad input.
