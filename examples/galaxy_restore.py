@@ -102,7 +102,7 @@ def main():
         num_start_steps=2 if options.small else 16,
         segments=6 if options.small else 24,
         sweep_prob=0.0,
-        local=rtk.LocalHMC(num_steps=40, num_trajectories=1),
+        local=rtk.LocalHMC(num_steps=100, num_trajectories=1),
     )
     mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized")
     fields = ("block_states.0.local_accept_prob", "block_states.0.num_score_evals", "block_states.1.num_steps")

@@ -442,12 +442,13 @@ class RTKParticleGibbs(MCMCKernel):
             schedule, times = site.prior.schedule, self._times(site)
             draws = prior_draws(draw_key, score_fn, schedule, site.prior.event_shape, dtype, self._num_pilot_draws)
             draws = jnp.where(jnp.isfinite(draws), draws, 0.0)
-            grid, levels = segment_grid(schedule, times, dtype), noise_levels(schedule, times, dtype)
-            if np.ndim(self._segments) == 0:
-                candidates = candidate_levels(schedule, times.size - 1, dtype)
-                if candidates.t.size >= times.size:
-                    difficulty = transition_difficulty(probe_key, score_fn, candidates, draws)
-                    grid, levels = chosen_grid(candidates, place_levels(difficulty, times.size - 1))
+            candidates = candidate_levels(schedule, times.size - 1, dtype)
+            # A grid that was given is kept; so is one of all there is between the levels of a coarse precision.
+            if np.ndim(self._segments) == 0 and candidates.t.size >= times.size:
+                difficulty = transition_difficulty(probe_key, score_fn, candidates, draws)
+                grid, levels = chosen_grid(candidates, place_levels(difficulty, times.size - 1))
+            else:
+                grid, levels = segment_grid(schedule, times, dtype), noise_levels(schedule, times, dtype)
             all_draws.append(draws)
             grids.append((grid, levels))
             pilots.append(run_pilot(pilot_key, score_fn, levels, draws))
