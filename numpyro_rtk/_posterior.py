@@ -13,6 +13,7 @@ import jax.random as jr
 from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Count, Flag, RandomKey, Scalar, ScoreFn
+from numpyro_rtk._energy import dot
 from numpyro_rtk._inner import AbstractInnerKernel, SegmentEntry, SegmentTuning
 from numpyro_rtk._inner._base import AbstractMarkovKernel, all_finite, MAX_ENERGY_DROP, select
 from numpyro_rtk._levels import Levels, Pilot
@@ -174,7 +175,7 @@ class Posterior:
 
         def log_likelihood(x: Array) -> tuple[Scalar, Scalar]:
             terms = self.terms(x)
-            return terms.log_normalizer + terms.other - 0.5 * jnp.sum(terms.whitened**2), terms.other
+            return terms.log_normalizer + terms.other - 0.5 * dot(terms.whitened, terms.whitened), terms.other
 
         score, energy = self.scores(jnp.asarray(self.num_levels - 1), x)
         (value, other), gradient = jax.value_and_grad(log_likelihood, has_aux=True)(x)
@@ -228,7 +229,7 @@ class Posterior:
     def log_prior_difference_at_midpoint(self, level: Count, here: Point, there: Point) -> Scalar:
         """The same by Simpson's rule, for one more evaluation."""
         middle, _ = self.scores(level, 0.5 * (here.x + there.x))
-        return (2 * self._chord(here, there) + 4 * jnp.sum(middle * (there.x - here.x))) / 6
+        return (2 * self._chord(here, there) + 4 * dot(middle, there.x - here.x)) / 6
 
     @property
     def uses_midpoints(self) -> bool:
@@ -246,7 +247,7 @@ class Posterior:
 
     @staticmethod
     def _chord(here: Point, there: Point) -> Scalar:
-        return 0.5 * jnp.sum((here.score + there.score) * (there.x - here.x))
+        return 0.5 * dot(here.score + there.score, there.x - here.x)
 
     # Moves.
 
@@ -366,7 +367,7 @@ class Posterior:
         else:
             prior_difference = self.log_prior_difference(point, proposal)
         log_ratio = prior_difference + proposal.log_twist - point.log_twist
-        log_ratio += 0.5 * jnp.sum((noise - backward) * (noise + backward))
+        log_ratio += 0.5 * dot(noise - backward, noise + backward)
         return self._accept(accept_key, point, proposal, log_ratio)
 
     def _accept(self, key: RandomKey, point: Point, proposal: Point, log_ratio: Scalar) -> tuple[Point, MoveInfo]:
@@ -433,7 +434,7 @@ class Posterior:
         gained = jnp.where(corrected < MAX_CORRECTION, gained, -jnp.inf)
         log_ratio = point.energy - end.energy if self.has_energy else gained
         log_ratio += end.log_twist - point.log_twist
-        log_ratio += 0.5 * jnp.sum((momentum - end_momentum) * (momentum + end_momentum))
+        log_ratio += 0.5 * dot(momentum - end_momentum, momentum + end_momentum)
         return self._accept(accept_key, point, end, log_ratio)
 
 
@@ -452,4 +453,4 @@ def path_integral(start: Any, middle: Any, end: Any) -> Scalar:
     b, c = 0.5 * (end.x - start.x), 0.5 * ((end.x - middle.x) - (middle.x - start.x))
     gb = 0.5 * (end.score - start.score)
     gc = 0.5 * ((end.score - middle.score) - (middle.score - start.score))
-    return jnp.sum(2 * middle.score * b + (2 * gc * b + 4 * gb * c) / 3)
+    return 2 * dot(middle.score, b) + (2 * dot(gc, b) + 4 * dot(gb, c)) / 3

@@ -46,6 +46,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Count, Flag, Scalar
+from numpyro_rtk._energy import dot
 
 
 Leaves: TypeAlias = dict[str, Array]
@@ -158,10 +159,10 @@ def leapfrog(
         kinetic = _half_dot(momentum, velocity(momentum)).astype(dtype)
         dx = {name: new.position[name] - old.position[name] for name in scored}
         dg = {name: new.score[name] - old.score[name] for name in scored}
-        chord = sum((_dot(0.5 * (new.score[name] + old.score[name]), dx[name]) for name in scored), start=zero)
+        chord = sum((dot(0.5 * (new.score[name] + old.score[name]), dx[name]) for name in scored), start=zero)
         chords = carry.chords + chord
         # The wedge with the step before; there is none before the first step.
-        wedge = sum((_dot(dg[name], carry.dx[name]) - _dot(carry.dg[name], dx[name]) for name in scored), start=zero)
+        wedge = sum((dot(dg[name], carry.dx[name]) - dot(carry.dg[name], dx[name]) for name in scored), start=zero)
         error = (kinetic - kinetic_start) + (new.potential - start.potential) - chords
         # The spread, not the largest error: it is the same on the way back, so that stopping is reversible.
         low, high = jnp.minimum(carry.low, error), jnp.maximum(carry.high, error)
@@ -244,9 +245,5 @@ def _add(x: Leaves, scale: Any, y: Leaves) -> Leaves:
     return {name: x[name] + jnp.asarray(scale, x[name].dtype) * y[name] for name in x}
 
 
-def _dot(x: Array, y: Array) -> Scalar:
-    return jnp.sum(x * y)
-
-
 def _half_dot(x: Leaves, y: Leaves) -> Scalar:
-    return 0.5 * jax.tree.reduce(jnp.add, {name: _dot(x[name], y[name]) for name in x})
+    return 0.5 * jax.tree.reduce(jnp.add, {name: dot(x[name], y[name]) for name in x})

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from numpyro_rtk._custom_types import Event, Flag, RandomKey, Scalar
+from numpyro_rtk._energy import dot
 from numpyro_rtk._target import Evaluation, ReverseTransition
 
 
@@ -176,9 +177,8 @@ class AbstractMarkovKernel(AbstractInnerKernel):
         finite = all_finite(proposal.x, proposal.score, proposal.energy)
         log_ratio = self.log_accept_ratio(target, current, proposal, tuning)
         if log_ratio is None:
-            change = target.gaussian_difference(current.x, proposal.x) + 0.5 * jnp.sum(
-                (proposal.score + current.score) * (proposal.x - current.x)
-            )
+            chord = 0.5 * dot(proposal.score + current.score, proposal.x - current.x)
+            change = target.gaussian_difference(current.x, proposal.x) + chord
             usable = finite & (change > -MAX_ENERGY_DROP)
             accept, accept_prob, failed = usable, usable.astype(proposal.x.dtype), ~usable
         else:
@@ -211,10 +211,14 @@ class AbstractMarkovKernel(AbstractInnerKernel):
         def body(carry: Any, inputs: Any) -> Any:
             (current, auxiliary), (key, is_start) = carry, inputs
             propose_key, accept_key = jr.split(key)
-            point, new_auxiliary = self.propose(propose_key, target, current, auxiliary, tuning)
-            proposal = target.evaluate(jnp.where(is_start, start, point), with_energy=self.needs_energy)
-            # At the start there is no ratio, and what it would evaluate must not be evaluated. The flag is not
+            # At the start there is no proposal and no ratio, and what it would evaluate must not be evaluated. The flag is not
             # batched, so under `vmap` this still branches.
+            point, new_auxiliary = jax.lax.cond(
+                is_start,
+                lambda: (start, auxiliary),
+                lambda: self.propose(propose_key, target, current, auxiliary, tuning),
+            )
+            proposal = target.evaluate(point, with_energy=self.needs_energy)
             no_step = StepInfo(jnp.ones((), start.dtype), jnp.zeros((), bool), jnp.zeros((), bool))
             new, stepped, info = jax.lax.cond(
                 is_start,
