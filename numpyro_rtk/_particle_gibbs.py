@@ -103,6 +103,10 @@ def conditional_sweep(
     num_free = num_particles - 1
     # A full sweep climbs to the noisiest level, too, but draws the free particles there from noise.
     top, full = jnp.maximum(last - depth, 0), depth > last
+    # Batched chains walk through the levels together, from the noisiest that any of them needs: levels, and what was measured
+    # at them, have no chain axis. A chain's own sweep starts at its own `top`; what it does before is ignored.
+    highest = _least_of_batch(last - depth)
+    up_keys, down_keys = jr.split(up_key, num_levels), jr.split(down_key, num_levels)
 
     def guided(key: RandomKey, level: Count, point: Point, preconditioner: Preconditioner) -> tuple[Point, MoveInfo]:
         step_size = tuning.guided_step_size[level]
@@ -110,38 +114,38 @@ def conditional_sweep(
 
     # Up: at each level keep the point that the path leaves downwards from, and the one it arrives at from above.
     def climb(carry: Any) -> Any:
-        key, level, point, leave, arrive, accept = carry
-        key, noise_key, move_key = jr.split(key, 3)
-        new = posterior.evaluate(level - 1, posterior.noise(noise_key, level, point.x))
-        moved, info = guided(move_key, level - 1, new, posterior.preconditioner(level - 1, reference))
-        accept = accept.at[level - 1].set(info.accept_prob)
-        return key, level - 1, moved, _keep(leave, level - 1, new), _keep(arrive, level - 1, moved), accept
+        level, point, leave, arrive, accept = carry
+        level = level - 1
+        noise_key, move_key = jr.split(up_keys[level])
+        new = posterior.evaluate(level, posterior.noise(noise_key, level + 1, point.x))
+        moved, info = guided(move_key, level, new, posterior.preconditioner(level, reference))
+        accept = accept.at[level].set(jnp.where(level >= top, info.accept_prob, jnp.nan))
+        return level, moved, _keep(leave, level, new), _keep(arrive, level, moved), accept
 
     paths = _keep(_empty(posterior, num_levels), last, point)
     nan = jnp.full(num_levels, jnp.nan, posterior.dtype)
-    carry = (up_key, jnp.asarray(last), point, paths, paths, nan)
-    _, _, _, leave, arrive, up_accept = jax.lax.while_loop(lambda carry: carry[1] > top, climb, carry)
+    carry = (jnp.asarray(last), point, paths, paths, nan)
+    _, _, leave, arrive, up_accept = jax.lax.while_loop(lambda carry: carry[0] > jnp.maximum(highest, 0), climb, carry)
 
-    # The free particles before the first move: noise, or all at the pinned path's point.
-    def from_noise() -> tuple[Point, Array, Scalar]:
+    # The free particles of a full sweep before the first move; those of others start at the pinned path's point.
+    def from_noise() -> Point:
         xs = jax.vmap(posterior.terminal)(jr.split(start_key, num_free))
-        points = jax.vmap(lambda x: posterior.evaluate(jnp.zeros((), int), x))(xs)
-        return points, points.log_twist, arrive.log_twist[0]
+        return jax.vmap(lambda x: posterior.evaluate(jnp.zeros((), int), x))(xs)
 
-    def from_path() -> tuple[Point, Array, Scalar]:
-        points = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (num_free, *leaf.shape)), _at(arrive, top))
-        return points, jnp.zeros(num_free, posterior.dtype), jnp.zeros((), posterior.dtype)
-
-    points, log_weights, pinned = jax.lax.cond(full, from_noise, from_path)
+    points = jax.lax.cond(highest < 0, from_noise, lambda: _empty(posterior, num_free))
+    log_weights, pinned = points.log_twist, arrive.log_twist[0]
 
     # Down: resample and move at a level, then go to the next.
     def descend(carry: Any) -> Any:
-        key, level, points, log_weights, pinned, all_ess, inner_accept, guided_accept, diverging = carry
-        key, resample_key, move_key, reverse_key = jr.split(key, 4)
-        log_weights = jnp.concatenate([pinned[None], log_weights])
-        ess = jnp.where((level == top) & ~full, jnp.nan, effective_sample_size(log_weights))
+        level, points, log_weights, pinned, all_ess, inner_accept, guided_accept, diverging = carry
+        resample_key, move_key, reverse_key = jr.split(down_keys[level], 3)
+        active, starts = level >= top, (level == top) & ~full
+        path = _at(arrive, level)
+        points = jax.tree.map(lambda one, many: jnp.where(starts, one[None], many), path, points)
+        log_weights = jnp.where(starts, 0.0, jnp.concatenate([pinned[None], log_weights]))
+        ess = jnp.where(active & ~starts, effective_sample_size(log_weights), jnp.nan)
         ancestors = conditional_systematic(resample_key, normalized_weights(log_weights))[1:]
-        everyone = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), _at(arrive, level), points)
+        everyone = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), path, points)
         preconditioner = posterior.preconditioner(level, reference)
         move = jax.vmap(lambda key, point: guided(key, level, point, preconditioner))
         points = posterior.prepared(level, _at(everyone, ancestors))
@@ -149,34 +153,45 @@ def conditional_sweep(
         step_size = tuning.reverse_step_size[level]
         reverse = jax.vmap(lambda key, point: posterior.reverse(key, level, point, step_size))
         new, info = reverse(jr.split(reverse_key, num_free), points)
-        diverging |= jnp.any(info.diverging) | jnp.any(moved.diverging)
+        diverging |= active & (jnp.any(info.diverging) | jnp.any(moved.diverging))
         return (
-            key,
             level + 1,
             new,
             _difference(new.log_twist, points.log_twist),
             arrive.log_twist[level + 1] - leave.log_twist[level],
             all_ess.at[level].set(ess),
-            inner_accept.at[level].set(jnp.mean(info.accept_prob)),
-            guided_accept.at[level].set(jnp.mean(moved.accept_prob)),
+            inner_accept.at[level].set(jnp.where(active, jnp.mean(info.accept_prob), jnp.nan)),
+            guided_accept.at[level].set(jnp.where(active, jnp.mean(moved.accept_prob), jnp.nan)),
             diverging,
         )
 
-    carry = (down_key, top, points, log_weights, pinned, nan, nan[1:], nan, jnp.zeros((), bool))
-    carry = jax.lax.while_loop(lambda carry: carry[1] < last, descend, carry)
-    _, _, points, log_weights, pinned, all_ess, inner_accept, guided_accept, diverging = carry
+    carry = (jnp.maximum(highest, 0), points, log_weights, pinned, nan, nan[1:], nan, jnp.zeros((), bool))
+    carry = jax.lax.while_loop(lambda carry: carry[0] < last, descend, carry)
+    _, points, log_weights, pinned, all_ess, inner_accept, guided_accept, diverging = carry
 
     log_weights = jnp.concatenate([pinned[None], log_weights])
-    chosen = forced_move(choose_key, normalized_weights(log_weights))
+    chosen = jnp.where(depth > 0, forced_move(choose_key, normalized_weights(log_weights)), 0)
     everyone = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), point, points)
     share = num_free / num_particles
     return _at(everyone, chosen), SweepInfo(
         effective_sample_size=all_ess.at[last].set(jnp.where(depth > 0, effective_sample_size(log_weights), jnp.nan)),
         accept_prob=inner_accept,
         guided_accept_prob=(share * guided_accept + (1 - share) * up_accept)[:-1],
-        changed=(chosen != 0) & (depth > 0),
+        changed=chosen != 0,
         diverging=diverging,
     )
+
+
+@jax.custom_batching.custom_vmap
+def _least_of_batch(level: Count) -> Count:
+    """The level itself; under `vmap` the least of the batch, without its axis, so that it may bound a loop that all share."""
+    return level
+
+
+@_least_of_batch.def_vmap
+def _(axis_size: int, in_batched: list[bool], level: Count) -> tuple[Count, bool]:
+    del axis_size
+    return _least_of_batch(jnp.min(level, axis=0) if in_batched[0] else level), False
 
 
 def no_sweep(posterior: Posterior) -> SweepInfo:

@@ -24,7 +24,7 @@ from scipy import stats
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKParticleGibbs
 from numpyro_rtk._numpyro._model import latent_diffusion_sites
-from numpyro_rtk._numpyro._particle_gibbs import _depths, _warn_collapsed
+from numpyro_rtk._numpyro._particle_gibbs import _warn_collapsed
 from tests.helpers import Counter
 
 
@@ -123,7 +123,7 @@ def test_what_the_state_reports(gaussian):
     levels, chains, draws = SEGMENTS + 1, 4, 400
     assert extra["effective_sample_size"].shape == (chains, draws, levels)
     assert extra["segment_accept_prob"].shape == extra["guided_accept_prob"].shape == (chains, draws, SEGMENTS)
-    assert set(np.unique(extra["depth"])) <= set(_depths(levels))
+    assert set(np.unique(extra["depth"])) <= set(RTKParticleGibbs(denoising)._depths(levels))
     assert not np.any(extra["diverging"])
     # Levels that a partial refresh leaves out, and those alone, are NaN.
     first = levels - 1 - np.minimum(np.asarray(extra["depth"]), levels - 1)
@@ -226,7 +226,7 @@ def test_num_score_evals_are_those_of_the_network(local, energy):
     state = kernel.init(jr.key(0), 0, None, (), {})
     step = jax.jit(lambda state: kernel.sample(state, (), {}))
     jax.block_until_ready(step.lower(state).compile())
-    depths = _depths(segments + 1)
+    depths = kernel._depths(segments + 1)
     for i, depth in enumerate(depths):
         one = jnp.zeros(len(depths)).at[i].set(1.0)
         state = state._replace(adapt_state=state.adapt_state._replace(depth_prob=one))
@@ -306,6 +306,9 @@ def test_the_default_inner_kernel(has_energy, dim, expected):
         ({"num_particles": True}, ValueError, "`num_particles` must be an integer"),
         ({"num_guided_steps": -1}, ValueError, "`num_guided_steps` must be an integer of at least 0"),
         ({"num_pilot_draws": 1}, ValueError, "`num_pilot_draws` must be an integer of at least 8"),
+        ({"refresh_depths": ()}, ValueError, r"`refresh_depths` must be fractions of the levels.*got \(\)"),
+        ({"refresh_depths": (1, 24)}, ValueError, "`refresh_depths` must be fractions of the levels"),
+        ({"refresh_depths": 0.5}, ValueError, "`refresh_depths` must be fractions of the levels"),
         ({"target_accept_prob": 1.0}, ValueError, "`target_accept_prob` must be strictly between 0 and 1"),
         ({"inner": rtk.MALA}, TypeError, r"`inner` must be an inner kernel .* Did you mean `MALA\(\)`"),
         ({"twist": rtk.GaussianTwist}, TypeError, r"`twist` must be .* Did you mean `GaussianTwist\(\)`"),

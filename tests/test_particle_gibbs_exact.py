@@ -49,6 +49,7 @@ OPERATOR, NOISE_SD, OBSERVED = np.array([[0.6, 0.9]]), 0.25, np.array([0.15])
 POSTERIOR, _ = PRIOR.given(OPERATOR, NOISE_SD, OBSERVED)
 CUT = 0.0
 GAUSSIAN = linear_terms(OPERATOR, NOISE_SD, OBSERVED)
+TUNING = SweepTuning(jnp.ones((NUM_SEGMENTS, 1)), jnp.full(NUM_SEGMENTS, 0.5))
 
 
 @functools.cache
@@ -148,6 +149,59 @@ def test_exact_draws_stay_exact_under_sweeps_guided_through_the_denoiser(depth):
     p, info = sweep(compiled("gaussian", 4, 1, ThroughDenoiser), DEPTHS[depth])
     assert p.min() > P_MIN, p
     assert np.mean(info.changed) > 0.3
+
+
+def test_chains_of_different_depths_do_not_disturb_each_other():
+    """Batched chains walk through the levels together, from the noisiest that any of them needs; each does what it does alone."""
+    depths = jnp.array([0, 1, NUM_SEGMENTS + 1, 3, NUM_SEGMENTS, 0, 1, 3])
+    keys, x = jr.split(jr.key(0), depths.size), exact_draws(POSTERIOR)[: depths.size]
+    posterior = posterior_of(1.0, SENSIBLE)
+
+    @jax.jit
+    def run(keys, x, depths):
+        def one(key, x, depth):
+            point = posterior.evaluate(jnp.asarray(NUM_SEGMENTS), x)
+            point, info = conditional_sweep(key, posterior, TUNING, jnp.zeros(2), point, depth, 4, 1)
+            return point.x, info
+
+        return jax.vmap(one)(keys, x, depths)
+
+    together = run(keys, x, depths)
+    for depth in np.unique(depths):
+        chains = np.flatnonzero(depths == depth)
+        alone = run(keys, x, jnp.full_like(depths, depth))
+        jax.tree.map(lambda a, b, i=chains: np.testing.assert_allclose(a[i], b[i], rtol=1e-5), together, alone)
+    np.testing.assert_array_equal(together[0][depths == 0], x[depths == 0])
+    assert not np.any(together[1].changed[depths == 0])
+    assert np.any(together[1].changed)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_batched_chains_share_the_levels(shared, monkeypatch):
+    """The network is given one time for all chains, so that what depends on it alone is computed once."""
+    if not shared:  # a loop of its own for every chain
+        monkeypatch.setattr(_particle_gibbs, "_least_of_batch", lambda level: level)
+    times = []
+
+    @jax.custom_batching.custom_vmap
+    def watch(t):
+        return t
+
+    @watch.def_vmap
+    def _(axis_size, in_batched, t):
+        times.append(axis_size)
+        return t, in_batched[0]
+
+    watched = law()._replace(score_fn=lambda x, t: -x * watch(t), has_energy=False)
+    posterior = make_posterior(watched, GAUSSIAN, ExactReverse(DATA, SCHEDULE))
+
+    def one(key, depth):
+        point = posterior.evaluate(jnp.asarray(NUM_SEGMENTS), jnp.zeros(2))
+        return conditional_sweep(key, posterior, TUNING, jnp.zeros(2), point, depth, 4, 1)[0].x
+
+    times.clear()
+    jax.eval_shape(jax.vmap(jax.vmap(one)), jr.split(jr.key(0), (2, 3)), jnp.ones((2, 3), int))
+    assert bool(times) is not shared
 
 
 class Tampering:

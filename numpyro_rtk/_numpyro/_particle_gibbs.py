@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -62,9 +62,6 @@ DEFAULT_LEVEL_SEGMENTS = 24
 
 MAX_INNER_STEP_SIZE = 4.0
 """`max_step_size` of the default inner kernel where energy differences are good: nearly an independent draw."""
-
-DEPTH_FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
-"""Depths of the refreshes that warmup chooses among, as fractions of the levels."""
 
 MIN_STEP_SIZE, MAX_LOCAL_STEP_SIZE = 1e-6, 1.5
 MAX_MEAN_SLOPE_DIM = 100
@@ -195,6 +192,8 @@ class RTKParticleGibbs(MCMCKernel):
             the other latents; only as a block of a composite, whose other latents are arbitrary at first.
         sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are informative
             in every coordinate (an image with a value in every pixel) local moves do the work, and sweeps cost most.
+        refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a full sweep. With
+            many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as the deepest of any chain.
         guidance: How guided moves see through the denoiser: `"jacobian"`, one vector-Jacobian product of the score per
             evaluation and one more evaluation per level and particle; `"mean"`, the mean slope of each coordinate, for nothing.
             `None`: the first above 100 dimensions. It changes proposals, not the law.
@@ -221,6 +220,7 @@ class RTKParticleGibbs(MCMCKernel):
         num_start_steps: int = 8,
         num_restarts: int = 5,
         sweep_prob: float = 1.0,
+        refresh_depths: Sequence[float] = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1),
         guidance: Literal["jacobian", "mean"] | None = None,
         local: AbstractLocalMove | None = LocalHMC(),  # noqa: B008 - a frozen value
         target_accept_prob: float = 0.7,
@@ -236,6 +236,12 @@ class RTKParticleGibbs(MCMCKernel):
             raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")
         if sweep_prob == 0 and local is None:
             raise ValueError("`sweep_prob=0` with `local=None` would never move: give one of them.")
+        depths = np.asarray(refresh_depths, np.float64)
+        if depths.ndim != 1 or not depths.size or not np.all((depths > 0) & (depths <= 1)):
+            raise ValueError(
+                "`refresh_depths` must be fractions of the levels, each above 0 and at most 1, such as `(1.0, 0.5)`, got "
+                f"{refresh_depths!r}."
+            )
         _check_count("num_pilot_draws", num_pilot_draws, 8, "they measure the denoising error of each level")
         check_target_accept_prob(target_accept_prob)
         if inner is not None and not isinstance(inner, AbstractInnerKernel):
@@ -258,6 +264,7 @@ class RTKParticleGibbs(MCMCKernel):
         self._num_start_steps = int(num_start_steps)
         self._num_restarts = int(num_restarts)
         self._sweep_prob = float(sweep_prob)
+        self._refresh_depths = tuple(float(depth) for depth in depths)
         self._guidance = guidance
         self._local = local
         self._target_accept_prob = float(target_accept_prob)
@@ -300,6 +307,10 @@ class RTKParticleGibbs(MCMCKernel):
     def _times(self, site: DiffusionSite) -> np.ndarray:
         return resolve_segments(site.prior.schedule, self._segments, DEFAULT_LEVEL_SEGMENTS)
 
+    def _depths(self, num_levels: int) -> tuple[int, ...]:
+        """The depths that warmup chooses among, in levels."""
+        return tuple(sorted({max(1, round(fraction * num_levels)) for fraction in self._refresh_depths}))
+
     def _inner_for(self, sites: tuple[DiffusionSite, ...]) -> AbstractInnerKernel:
         """The inner kernel that was given, or the default for these sites."""
         if self._inner is not None:
@@ -320,7 +331,7 @@ class RTKParticleGibbs(MCMCKernel):
         settings = [
             f"{site.name} {one[0].fingerprint} {self._times(site).tolist()}" for site, one in zip(sites, found, strict=True)
         ]
-        fingerprint = f"{settings} {type(self._inner).__name__} {self._num_particles}"
+        fingerprint = f"{settings} {type(self._inner).__name__} {self._num_particles} {self._refresh_depths}"
         arrays = HoistedArrays([one[0].arrays for one in found], fingerprint)
         return arrays, lambda arrays: [one[1](part) for one, part in zip(found, arrays, strict=True)]
 
@@ -504,7 +515,7 @@ class RTKParticleGibbs(MCMCKernel):
             jax.vmap(init)(jnp.log(guided)),
             init(log_local),
         )
-        num_depths, scalar = len(_depths(num_levels)), jnp.zeros((), dtype)
+        num_depths, scalar = len(self._depths(num_levels)), jnp.zeros((), dtype)
         adapt_state = ParticleGibbsAdaptState(
             step_size=step_size,
             guided_step_size=guided,
@@ -566,8 +577,9 @@ class RTKParticleGibbs(MCMCKernel):
         shared = state.shared
         if own.fingerprint != shared.score_arrays.fingerprint:
             raise ValueError(
-                "The state comes from a kernel with other network weights, another inner kernel, other segments or another "
-                "number of particles. Start a new `MCMC` (or call `warmup` again) instead of re-using `post_warmup_state`."
+                "The state comes from a kernel with other network weights, another inner kernel, other segments, other "
+                "refresh depths or another number of particles. Start a new `MCMC` (or call `warmup` again) instead of re-using "
+                "`post_warmup_state`."
             )
 
         def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
@@ -594,7 +606,7 @@ class RTKParticleGibbs(MCMCKernel):
         """One iteration of one chain: a pure function of the state."""
         next_key, coin_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 5)
         adapt = state.adapt_state
-        depths = jnp.asarray(_depths(posterior.num_levels))
+        depths = jnp.asarray(self._depths(posterior.num_levels))
         choice = jr.categorical(depth_key, jnp.log(adapt.depth_prob))
         # Depth 0 is no sweep.
         swept = jr.bernoulli(coin_key, self._sweep_prob)
@@ -797,10 +809,6 @@ def _unflatten(sites: tuple[DiffusionSite, ...], x: Array) -> dict[str, Array]:
 def _check_count(name: str, value: Any, minimum: int, why: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ValueError(f"`{name}` must be an integer of at least {minimum} ({why}), got {value!r}.")
-
-
-def _depths(num_levels: int) -> tuple[int, ...]:
-    return tuple(sorted({max(1, round(fraction * num_levels)) for fraction in DEPTH_FRACTIONS}))
 
 
 def _given(local: AbstractLocalMove | None, step_size: Array) -> Array:
