@@ -80,7 +80,7 @@ def routes():
         num_particles=2,
         num_pilot_draws=32,
         sweep_prob=0.0,
-        local=rtk.LocalHMC(num_steps=60, num_trajectories=1),
+        local=rtk.LocalHMC(num_steps=100, num_trajectories=1),
     )
     hmc = rtk.ScoreHMC(known_scale, trajectory_length=5.0, target_accept_prob=0.8)
     return {"known": (hmc, 200, 300), "unknown": (gibbs, 200, 300), "attached": (NUTS(attached), 100, 100)}
