@@ -21,7 +21,7 @@ from numpyro_rtk._custom_types import Event, Scalar
 def dot(x: Event, y: Event) -> Scalar:
     """Inner product of two events of any shape, in full precision on every device.
 
-    A contraction, and not the sum of a product: on CPUs XLA reduces a batch of short rows up to 25 times slower.
+    A contraction, and not the sum of a product: XLA may reduce a batch of short rows on CPUs far more slowly.
     """
     return jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST)
 

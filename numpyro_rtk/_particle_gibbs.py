@@ -105,7 +105,8 @@ def conditional_sweep(
     top, full = jnp.maximum(last - depth, 0), depth > last
     # Batched chains walk through the levels together, from the noisiest that any of them needs: levels, and what was measured
     # at them, have no chain axis. A chain's own sweep starts at its own `top`; what it does before is ignored.
-    highest = _least_of_batch(last - depth)
+    shared = _least_of_batch(last - depth)
+    first = jnp.maximum(shared, 0)
     up_keys, down_keys = jr.split(up_key, num_levels), jr.split(down_key, num_levels)
 
     def guided(key: RandomKey, level: Count, point: Point, preconditioner: Preconditioner) -> tuple[Point, MoveInfo]:
@@ -125,14 +126,14 @@ def conditional_sweep(
     paths = _keep(_empty(posterior, num_levels), last, point)
     nan = jnp.full(num_levels, jnp.nan, posterior.dtype)
     carry = (jnp.asarray(last), point, paths, paths, nan)
-    _, _, leave, arrive, up_accept = jax.lax.while_loop(lambda carry: carry[0] > jnp.maximum(highest, 0), climb, carry)
+    _, _, leave, arrive, up_accept = jax.lax.while_loop(lambda carry: carry[0] > first, climb, carry)
 
     # The free particles of a full sweep before the first move; those of others start at the pinned path's point.
     def from_noise() -> Point:
         xs = jax.vmap(posterior.terminal)(jr.split(start_key, num_free))
         return jax.vmap(lambda x: posterior.evaluate(jnp.zeros((), int), x))(xs)
 
-    points = jax.lax.cond(highest < 0, from_noise, lambda: _empty(posterior, num_free))
+    points = jax.lax.cond(shared < 0, from_noise, lambda: _empty(posterior, num_free))
     log_weights, pinned = points.log_twist, arrive.log_twist[0]
 
     # Down: resample and move at a level, then go to the next.
@@ -165,7 +166,7 @@ def conditional_sweep(
             diverging,
         )
 
-    carry = (jnp.maximum(highest, 0), points, log_weights, pinned, nan, nan[1:], nan, jnp.zeros((), bool))
+    carry = (first, points, log_weights, pinned, nan, nan[1:], nan, jnp.zeros((), bool))
     carry = jax.lax.while_loop(lambda carry: carry[0] < last, descend, carry)
     _, points, log_weights, pinned, all_ess, inner_accept, guided_accept, diverging = carry
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from numpyro_rtk._custom_types import Scalar
+from numpyro_rtk._energy import dot
 
 
 MAX_EXACT_OBSERVATIONS = 64
@@ -152,7 +153,7 @@ def evaluate_twist(
         cholesky = jnp.linalg.cholesky(eye + factor @ factor.T)
         half = jax.scipy.linalg.solve_triangular(cholesky, whitened, lower=True)
         weighted = jax.scipy.linalg.solve_triangular(cholesky, half, lower=True, trans=1)
-        log_value = -0.5 * jnp.sum(half**2) - jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+        log_value = -0.5 * dot(half, half) - jnp.sum(jnp.log(jnp.diagonal(cholesky)))
         gradient = rest - weighted @ jacobian
     else:
         # The diagonal, and as many correlated directions as there are measured residuals, by Woodbury's identity.
@@ -161,7 +162,7 @@ def evaluate_twist(
         cholesky = jnp.linalg.cholesky(inner)
         projected = jax.scipy.linalg.cho_solve((cholesky, True), rows @ (whitened / diagonal))
         weighted = (whitened - projected @ rows) / diagonal
-        log_value = -0.5 * (jnp.sum(whitened * weighted) + jnp.sum(jnp.log(diagonal)))
+        log_value = -0.5 * (dot(whitened, weighted) + jnp.sum(jnp.log(diagonal)))
         log_value -= jnp.sum(jnp.log(jnp.diagonal(cholesky)))
         (gradient,) = vjp((-weighted, one, beta))
     return TwistPoint(log_value + log_normalizer + beta * other, gradient, other)

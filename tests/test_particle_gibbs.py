@@ -308,6 +308,7 @@ def test_the_default_inner_kernel(has_energy, dim, expected):
         ({"num_pilot_draws": 1}, ValueError, "`num_pilot_draws` must be an integer of at least 8"),
         ({"refresh_depths": ()}, ValueError, r"`refresh_depths` must be fractions of the levels.*got \(\)"),
         ({"refresh_depths": (1, 24)}, ValueError, "`refresh_depths` must be fractions of the levels"),
+        ({"refresh_depths": "full"}, ValueError, "`refresh_depths` must be fractions of the levels.*got 'full'"),
         ({"refresh_depths": 0.5}, ValueError, "`refresh_depths` must be fractions of the levels"),
         ({"target_accept_prob": 1.0}, ValueError, "`target_accept_prob` must be strictly between 0 and 1"),
         ({"inner": rtk.MALA}, TypeError, r"`inner` must be an inner kernel .* Did you mean `MALA\(\)`"),

@@ -162,12 +162,12 @@ class RTKParticleGibbs(MCMCKernel):
     inner kernel (geometrically small in `num_steps`) and of energy differences estimated from scores (see
     `PreconditionedMALA`, `LocalHMC`). `p_{t_min}` is the law of the data noised to `t_min`.
 
-    *Cost.* `num_score_evals` in the state. A full sweep with `K` segments, `P` particles, `G` guided steps and an inner kernel
-    of `E` evaluations a transition (3 by default) costs, per event of every site, `K (G + 1 + (P - 1)(E + G)) + P` and the
-    local moves, vectorised over particles. A guided step counts twice with `guidance="mean"`, for Simpson's rule, unless all
-    scores have an energy, where a transition counts one more. `init` draws `num_pilot_draws` from the prior (40
-    evaluations each and one per level; for 64 of them 64 more, to place the levels) and runs two unconditional sweeps
-    with `num_start_steps`.
+    *Cost.* `num_score_evals` in the state, of the chain's own sweep (vectorized chains are evaluated from the deepest sweep of
+    any of them). A full sweep with `K` segments, `P` particles, `G` guided steps and an inner kernel of `E` evaluations a
+    transition (3 by default) costs, per event of every site, `K (G + 1 + (P - 1)(E + G)) + P` and the local moves, vectorised
+    over particles. A guided step counts twice with `guidance="mean"`, for Simpson's rule, unless all scores have an energy,
+    where a transition counts one more. `init` draws `num_pilot_draws` from the prior (40 evaluations each and one per level;
+    for 64 of them 64 more, to place the levels) and runs two unconditional sweeps with `num_start_steps`.
 
     *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of tempered twists,
     the second gives the start and an estimate of the log evidence. `init_params` replaces the start.
@@ -193,7 +193,8 @@ class RTKParticleGibbs(MCMCKernel):
         sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are informative
             in every coordinate (an image with a value in every pixel) local moves do the work, and sweeps cost most.
         refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a full sweep. With
-            many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as the deepest of any chain.
+            many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as the deepest of any chain. Shallow
+            ones matter where data are sharp.
         guidance: How guided moves see through the denoiser: `"jacobian"`, one vector-Jacobian product of the score per
             evaluation and one more evaluation per level and particle; `"mean"`, the mean slope of each coordinate, for nothing.
             `None`: the first above 100 dimensions. It changes proposals, not the law.
@@ -236,7 +237,10 @@ class RTKParticleGibbs(MCMCKernel):
             raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")
         if sweep_prob == 0 and local is None:
             raise ValueError("`sweep_prob=0` with `local=None` would never move: give one of them.")
-        depths = np.asarray(refresh_depths, np.float64)
+        try:
+            depths = np.asarray(refresh_depths, np.float64)
+        except (TypeError, ValueError):
+            depths = np.asarray(np.nan)
         if depths.ndim != 1 or not depths.size or not np.all((depths > 0) & (depths <= 1)):
             raise ValueError(
                 "`refresh_depths` must be fractions of the levels, each above 0 and at most 1, such as `(1.0, 0.5)`, got "
