@@ -24,7 +24,7 @@ from scipy import stats
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKParticleGibbs
 from numpyro_rtk._numpyro._model import latent_diffusion_sites
-from numpyro_rtk._numpyro._particle_gibbs import _warn_collapsed
+from numpyro_rtk._numpyro._particle_gibbs_warmup import warn_collapsed
 from tests.helpers import Counter
 
 
@@ -478,8 +478,8 @@ def test_a_start_of_likelihood_zero_is_refused():
 def test_the_warning_of_collapsed_weights_names_levels():
     times = np.array([5.0, 1.0, 0.1])
     with pytest.warns(UserWarning, match=r"below 2 of 16 in most warmup sweeps at level 1 \(t=1, 75%\)\."):
-        _warn_collapsed(np.array([0.0, 3.0, 2.0]), np.array([4.0, 4.0, 4.0]), times, 16)
-    _warn_collapsed(np.array([0.0, 2.0, 0.0]), np.array([4.0, 4.0, 0.0]), times, 16)  # nothing
+        warn_collapsed(np.array([0.0, 3.0, 2.0]), np.array([4.0, 4.0, 4.0]), times, 16)
+    warn_collapsed(np.array([0.0, 2.0, 0.0]), np.array([4.0, 4.0, 0.0]), times, 16)  # nothing
 
 
 # Everything below runs more programs, and is slow.

@@ -19,7 +19,7 @@ import pytest
 import numpyro_rtk as rtk
 from numpyro_rtk import _particle_gibbs
 from numpyro_rtk._particle_gibbs import conditional_sweep, SweepTuning
-from numpyro_rtk._posterior import Posterior
+from numpyro_rtk._posterior import MoveInfo, Posterior, SegmentInfo
 from numpyro_rtk._resampling import conditional_systematic, forced_move, normalized_weights, systematic
 from numpyro_rtk._twist import Terms
 from tests.particles import ExactReverse, linear_terms, make_law, make_posterior, Mixture, p_values
@@ -202,6 +202,75 @@ def test_batched_chains_share_the_levels(shared, monkeypatch):
     times.clear()
     jax.eval_shape(jax.vmap(jax.vmap(one)), jr.split(jr.key(0), (2, 3)), jnp.ones((2, 3), int))
     assert bool(times) is not shared
+
+
+class Scripted(Posterior):
+    """Every move is a known function of the point and the level, and what the pinned path is asked for is written down."""
+
+    def noise(self, key, level, x):
+        self.log.append(("noise", int(level), jr.key_data(key).tolist()))
+        return 1.1 * x + 0.1 * level
+
+    def mala_steps(self, key, level, point, preconditioner, step_size, num_steps, *, guided=False):
+        assert guided
+        if not isinstance(key, jax.core.Tracer):  # the pinned path
+            self.log.append(("move", int(level), jr.key_data(key).tolist()))
+        return self.evaluate(level, 0.8 * point.x - 0.1 * level), MoveInfo(jnp.ones(()), jnp.zeros((), bool))
+
+    def reverse(self, key, level, point, step_size):
+        return self.evaluate(level + 1, 0.9 * point.x), SegmentInfo(jnp.ones(()), jnp.zeros((), bool), jnp.zeros((), bool))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_weights_of_the_pinned_path_and_of_the_others(depth, monkeypatch):
+    """`G_s(arrive) / G_t(leave)` of every particle, the pinned one's along its path: draws hardly show errors of it."""
+    weights = []
+
+    def record(log_weights):
+        weights.append(np.asarray(log_weights))
+        return normalized_weights(log_weights)
+
+    monkeypatch.setattr(_particle_gibbs, "normalized_weights", record)
+    depth, last = DEPTHS[depth], NUM_SEGMENTS
+    posterior = posterior_of(1.0, ROUGH, "tempered", Scripted)
+    posterior.log = []
+
+    def log_twist(level, x):
+        return float(posterior.evaluate(jnp.asarray(level), x).log_twist)
+
+    x = jnp.array([0.4, -0.7])
+    with jax.disable_jit():
+        point = posterior.evaluate(jnp.asarray(last), x)
+        conditional_sweep(jr.key(0), posterior, TUNING, jnp.zeros(2), point, jnp.asarray(depth), 3, 1)
+    # The path, and what it asks for: noise from each level to the next noisier one and a move there, with keys of their own.
+    top, full, leave, arrive = max(last - depth, 0), depth > last, {}, {last: x}
+    for level in range(last - 1, top - 1, -1):
+        leave[level] = 1.1 * arrive[level + 1] + 0.1 * (level + 1)
+        arrive[level] = 0.8 * leave[level] - 0.1 * level
+    wanted = [
+        (kind, level + 1 if kind == "noise" else level) for level in range(last - 1, top - 1, -1) for kind in ("noise", "move")
+    ]
+    assert [entry[:2] for entry in posterior.log] == wanted
+    assert len({tuple(entry[2]) for entry in posterior.log}) == len(wanted)
+    assert len(weights) == last - top + 1
+    assert weights[0][0] == pytest.approx(log_twist(0, arrive[0]) if full else 0.0, rel=1e-4)
+    for level, found in zip(range(top, last), weights[1:], strict=True):
+        assert found[0] == pytest.approx(log_twist(level + 1, arrive[level + 1]) - log_twist(level, leave[level]), rel=1e-4)
+    if depth == 1:  # all start at the path's point: the others move and go down
+        moved = 0.8 * arrive[top] - 0.1 * top
+        np.testing.assert_allclose(weights[1][1:], log_twist(last, 0.9 * moved) - log_twist(top, moved), rtol=1e-4)
+
+
+def test_noise_takes_a_level_to_the_next_noisier_one():
+    posterior, levels = posterior_of(1.0, SENSIBLE), law().levels
+    for level in range(1, NUM_SEGMENTS + 1):
+        start, end = (at_level(DATA, float(levels.t[i])) for i in (level, level - 1))
+        x = exact_draws(start, seed=level)
+        noised = jax.jit(jax.vmap(lambda key, x, i=level: posterior.noise(key, jnp.asarray(i), x)))
+        assert p_values(noised(jr.split(jr.key(level), NUM_CHAINS), x), end, CUT).min() > P_MIN
+        if level == NUM_SEGMENTS:  # the control: another level's noise, here where levels differ
+            wrong = jax.jit(jax.vmap(lambda key, x, i=level - 1: posterior.noise(key, jnp.asarray(i), x)))
+            assert p_values(wrong(jr.split(jr.key(level), NUM_CHAINS), x), end, CUT).min() < 1e-3 * P_MIN
 
 
 class Tampering:
