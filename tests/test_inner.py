@@ -286,6 +286,21 @@ def test_starts(kernel, start, monkeypatch, x64):
     np.testing.assert_allclose(draw(1.0) - draw(0.0), 1 / jnp.sqrt(precision), rtol=1e-12)
 
 
+@every_markov_kernel
+def test_a_segment_begins_at_its_start_and_takes_its_steps(kernel):
+    target, entry = segment(mixture(), jnp.float32), SegmentEntry(jnp.zeros(2), jnp.zeros(()))
+    for step_size in (0.0, 0.02):
+        tuning = as_dtype((step_size, CURVATURE), jnp.float32)
+        start_key, auxiliary_key, steps_key = jr.split(jr.key(0), 3)
+        current = target.evaluate(kernel.draw_start(start_key, target, tuning), with_energy=kernel.needs_energy)
+        auxiliary = kernel.init_auxiliary(auxiliary_key, current.x)
+        for key in jr.split(steps_key, kernel.num_steps + 1)[1:]:
+            current, auxiliary, _ = kernel.step(key, target, current, auxiliary, tuning)
+        result = kernel.run_segment(jr.key(0), target, entry, tuning)
+        np.testing.assert_allclose(result.x, current.x, rtol=1e-4)
+        np.testing.assert_allclose(result.score, current.score, rtol=1e-4)
+
+
 # Underdamped Langevin.
 
 CONTEXT = decimal.Context(prec=60)

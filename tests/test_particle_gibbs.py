@@ -324,6 +324,18 @@ def test_arguments_are_checked_when_the_kernel_is_made(options, error, message):
 
 
 @pytest.mark.parametrize(
+    ("given", "depths"),
+    [
+        ({}, (2, 5, 9, 12, 19, 25)),
+        ({"refresh_depths": (1.0,)}, (25,)),
+        ({"refresh_depths": [0.5, 0.01]}, (1, 12)),
+    ],
+)
+def test_depths_of_refreshes(given, depths):
+    assert RTKParticleGibbs(denoising, **given)._depths(25) == depths
+
+
+@pytest.mark.parametrize(
     ("make_move", "message"),
     [
         (lambda: rtk.LocalHMC(num_steps=3), r"`LocalHMC\(num_steps=...\)` must be even"),
