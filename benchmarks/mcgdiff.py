@@ -104,7 +104,7 @@ def make_sampler(dim, num_chains, num_warmup, thinning, num_start_steps, **optio
     if dim > 100:
         # The default is for networks on images; this score is exact at midpoints, too, and its modes are what matters.
         inner = rtk.PreconditionedMALA(num_steps=1, energy_difference=rtk.Simpson(), max_step_size=4.0)
-        options |= {"guidance": "mean", "inner": inner}
+        options = {"guidance": "mean", "inner": inner} | options
     # Chains walk through the levels together: a full sweep takes no longer than a partial one of most of them.
     kernel = rtk.RTKParticleGibbs(
         make_model(dim, schedule_for(dim)), refresh_depths=(1.0,), num_start_steps=num_start_steps, **options

@@ -137,6 +137,23 @@ def test_the_inner_kernel_never_evaluates_the_network():
     assert leapfrogs >= 4
 
 
+def test_restarts_leave_the_other_latents_time_to_settle():
+    """Iterations 0, 1, 3, 7, ... of the first half of the warmup are full sweeps; with `sweep_prob=0` the others have none."""
+    kernel = RTKGibbs(NUTS(unknown_noise), num_restarts=4, sweep_prob=0.0, **(OPTIONS | {"num_particles": 2}))
+    state = kernel.init(jr.split(jr.key(0), 2), 14, None, (Y,), {})
+    sample = jax.jit(lambda state: kernel.sample(state, (Y,), {}))
+    depths = []
+    for _ in range(17):
+        state = sample(state)
+        depths.append(np.asarray(state.block_states[0].depth))
+    full = state.block_states[0].effective_sample_size.shape[1]
+    restarted = [i for i, depth in enumerate(depths) if np.all(depth == full)]
+    assert restarted == [0, 1, 3]
+    assert all(np.all(depth == 0) for i, depth in enumerate(depths) if i not in restarted)
+    due = RTKParticleGibbs(unknown_noise, num_restarts=5)._restarts_at(jnp.arange(200), jnp.asarray(200))
+    assert np.flatnonzero(due).tolist() == [0, 1, 3, 7, 15]
+
+
 def test_repr_and_pickle():
     kernel = pickle.loads(pickle.dumps(RTKGibbs(NUTS(unknown_noise), **OPTIONS)))
     assert repr(kernel).startswith("RTKGibbs(NUTS, RTKParticleGibbs(num_particles=8, segments=8")

@@ -161,8 +161,9 @@ class RTKParticleGibbs(MCMCKernel):
         twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers anything else.
         num_guided_steps: Guided MALA steps per level and particle; 0 for none.
         num_start_steps: Guided MALA steps per level and particle of the unconditional sweeps that find a start.
-        num_restarts: Iterations at the beginning of the warmup that draw the diffusion sites anew by an unconditional sweep given
-            the other latents; only as a block of a composite, whose other latents are arbitrary at first.
+        num_restarts: Iterations of the warmup that draw the diffusion sites anew by an unconditional sweep given the other
+            latents, only as a block of a composite, whose other latents are arbitrary at first: iterations 0, 1, 3, 7, ..., for
+            as long as they are in the first half of the warmup, so that the others settle in between.
         sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are informative
             in every coordinate (an image with a value in every pixel) local moves do the work, and sweeps cost most.
         refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a full sweep. With
@@ -565,7 +566,7 @@ class RTKParticleGibbs(MCMCKernel):
                 return self._step(state, shared, sites, posterior)
             # The iteration has no chain axis, so that this branches for vectorized chains, too.
             return jax.lax.cond(
-                shared.iteration < jnp.minimum(self._num_restarts, shared.num_warmup),
+                self._restarts_at(shared.iteration, shared.num_warmup),
                 lambda: self._restart(state, shared, sites, posterior),
                 lambda: self._step(state, shared, sites, posterior),
             )
@@ -576,6 +577,11 @@ class RTKParticleGibbs(MCMCKernel):
         iteration = shared.iteration + 1
         warn_at_end(new.adapt_state, shared.grids[0][1].t, iteration, shared.num_warmup, self._num_particles)
         return new._replace(shared=shared._replace(iteration=iteration))
+
+    def _restarts_at(self, iteration: Array, num_warmup: Array) -> Array:
+        """Whether an iteration draws the sites anew: 0, 1, 3, 7, ..., so that the others settle in between."""
+        is_due = (iteration & (iteration + 1)) == 0
+        return is_due & (iteration < 2 ** min(self._num_restarts - 1, 30)) & (2 * iteration < num_warmup)
 
     def _step(
         self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior
