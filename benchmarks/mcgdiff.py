@@ -24,7 +24,7 @@ from benchmarks.problems import sliced_w2
 
 NUM_DRAWS = 500
 # Chains, warmup sweeps, sweeps per draw and guided steps at the start. In 800 dimensions one observation leaves the mode most
-# uncertain, and draws of it decorrelate in two sweeps.
+# uncertain, and one sweep per draw is not enough.
 EFFORT = {"8": (250, 14, 3, 4), "80": (100, 8, 3, 16), "800x1": (50, 4, 2, 2), "800": (50, 5, 1, 2)}
 # Segments, particles and guided steps. In 800 dimensions shorter transitions matter more than guided moves and more particles.
 SWEEP = {8: (32, 16, 1), 80: (32, 16, 1), 800: (48, 12, 0)}

@@ -579,7 +579,7 @@ class RTKParticleGibbs(MCMCKernel):
         return new._replace(shared=shared._replace(iteration=iteration))
 
     def _restarts_at(self, iteration: Array, num_warmup: Array) -> Array:
-        """Whether an iteration draws the sites anew: 0, 1, 3, 7, ..., so that the others settle in between."""
+        """Whether an iteration of the warmup draws the sites anew; never one after it, as a restart leaves no law invariant."""
         is_due = (iteration & (iteration + 1)) == 0
         return is_due & (iteration < 2 ** min(self._num_restarts - 1, 30)) & (2 * iteration < num_warmup)
 
