@@ -304,6 +304,19 @@ def unconditional_sweep(
     )
 
 
+def choose_sweep(
+    key: RandomKey, xs: Float[Array, "sweeps dim"], log_twists: Float[Array, " sweeps"], log_evidence: Float[Array, " sweeps"]
+) -> Count:
+    """Index of one of several unconditional sweeps, in proportion to their evidence.
+
+    Their draws weighted so are draws of an importance sampler on the space of all their particles (Andrieu et al. 2010, section
+    4.2). A draw that is impossible or not finite is left out, unless all are.
+    """
+    usable = (log_twists > -jnp.inf) & jnp.all(jnp.isfinite(xs), axis=1)
+    finite = jnp.nan_to_num(log_evidence, nan=-1e30, neginf=-1e30)
+    return jr.categorical(key, jnp.where(usable, finite, -jnp.inf))
+
+
 def posterior_with(posterior: Posterior, log_beta: Array) -> Posterior:
     """The same with other powers."""
     return Posterior(posterior.sites, posterior.terms, posterior.inner, log_beta, jacobian=posterior.jacobian)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import _particle_gibbs
-from numpyro_rtk._particle_gibbs import conditional_sweep, SweepTuning
+from numpyro_rtk._particle_gibbs import choose_sweep, conditional_sweep, SweepTuning
 from numpyro_rtk._posterior import MoveInfo, Posterior, SegmentInfo
 from numpyro_rtk._resampling import conditional_systematic, forced_move, normalized_weights, systematic
 from numpyro_rtk._twist import Terms
@@ -511,3 +512,27 @@ def check_move(name, cls):
 def test_broken_gradient_moves_are_caught(name, cls):
     p, _ = after_move(name, cls)
     assert p.min() < 1e-3 * P_MIN, p
+
+
+def chosen_sweeps(log_twists, log_evidence, xs=((0.0, 1.0), (2.0, 3.0), (4.0, 5.0))):
+    keys = jr.split(jr.key(17), 4000)
+    return jax.vmap(lambda key: choose_sweep(key, jnp.array(xs), jnp.array(log_twists), jnp.array(log_evidence)))(keys)
+
+
+def test_a_sweep_is_chosen_in_proportion_to_its_evidence():
+    log_evidence = np.log([0.2, 0.5, 0.3])
+    # Evidence is small or large as data go: only ratios count.
+    chosen = np.asarray(chosen_sweeps([0.0, -3.0, 7.0], log_evidence - 2000.0))
+    counts = np.bincount(chosen, minlength=3)
+    assert stats.chisquare(counts, 4000 * np.exp(log_evidence)).pvalue > P_MIN
+    # Control: the density of the draw is no part of it.
+    assert stats.chisquare(counts, 4000 * np.full(3, 1 / 3)).pvalue < P_MIN
+
+
+@pytest.mark.parametrize("log_evidence", [[5.0, 0.0, 9.0], [np.nan, 0.0, 9.0], [-np.inf, -np.inf, 9.0]])
+def test_a_sweep_without_a_usable_draw_is_not_chosen(log_evidence):
+    xs = ((0.0, 1.0), (2.0, 3.0), (4.0, np.nan))
+    chosen = np.asarray(chosen_sweeps([-np.inf, -1.0, 1.0], log_evidence, xs))
+    np.testing.assert_array_equal(chosen, 1)
+    # If none is usable some index comes out all the same.
+    assert np.all(np.isin(chosen_sweeps([-np.inf] * 3, log_evidence, xs), [0, 1, 2]))

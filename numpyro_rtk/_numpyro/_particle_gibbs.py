@@ -50,6 +50,7 @@ from numpyro_rtk._numpyro._particle_gibbs_warmup import (
     warn_at_end,
 )
 from numpyro_rtk._particle_gibbs import (
+    choose_sweep,
     conditional_sweep,
     max_step_size,
     no_sweep,
@@ -143,7 +144,8 @@ class RTKParticleGibbs(MCMCKernel):
     for 64 of them 64 more, to place the levels) and runs two unconditional sweeps with `num_start_steps`.
 
     *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of tempered twists,
-    the second gives the start and an estimate of the log evidence. `init_params` replaces the start.
+    the second estimates the log evidence. The start is the draw of one of them, chosen in proportion to their evidence, as a
+    sweep that missed the mode of the data has little. `init_params` replaces the start.
 
     *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, and how often to refresh to which depth
     (in proportion to the squared jump). Nothing changes afterwards.
@@ -458,6 +460,7 @@ class RTKParticleGibbs(MCMCKernel):
     ) -> ParticleGibbsState:
         """State of one chain before its first iteration."""
         sweep_key, next_key = jr.split(key)
+        *sweep_keys, choose_key = jr.split(sweep_key, 3)
         log_beta = _initial_log_beta(shared.pilots)
         posterior = self._posterior(sites, shared, log_beta, rebuild, args, kwargs)
         step_size = jnp.stack(
@@ -481,10 +484,10 @@ class RTKParticleGibbs(MCMCKernel):
             return (info.log_beta, info.guided_step_size), (point.x, point.log_twist, info)
 
         # The first sweep adapts, the second does not.
-        inputs = (jr.split(sweep_key), jnp.array([True, False]))
+        inputs = (jnp.stack(sweep_keys), jnp.array([True, False]))
         (log_beta, guided), (xs, log_twists, infos) = jax.lax.scan(sweep, (log_beta, guided), inputs)
         info = jax.tree.map(lambda leaf: leaf[1], infos)
-        x = jnp.where(log_twists[1] > -jnp.inf, xs[1], xs[0])
+        x = xs[choose_sweep(choose_key, xs, log_twists, infos.log_evidence)]
         z = _unflatten(sites, x) if value is None else value
         log_local = jnp.log(jnp.asarray(0.3 * posterior.dim ** (-1 / 4), dtype))
         init: Any = dual_averaging()[0]
