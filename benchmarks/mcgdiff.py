@@ -22,7 +22,6 @@ import numpyro_rtk as rtk
 from benchmarks.problems import sliced_w2
 
 
-NUM_DRAWS = 500
 # Chains, warmup sweeps, sweeps per draw and guided steps at the start.
 EFFORT = {"8": (250, 14, 3, 4), "80": (100, 8, 3, 16), "800": (20, 6, 2, 4), "800x4": (20, 6, 1, 4)}
 # Segments, particles and guided steps. In 800 dimensions short transitions and many particles matter more than guided moves.
@@ -103,7 +102,7 @@ def make_model(dim, schedule):
     return model
 
 
-def make_sampler(dim, num_chains, num_warmup, thinning, num_start_steps, **options):
+def make_sampler(dim, num_draws, num_chains, num_warmup, thinning, num_start_steps, **options):
     """`run(key, problem)`: draws, and means over chains and draws of what the kernel reports."""
     if dim > 100:
         # The default is for networks on images; this score is exact at midpoints, too, and its modes are what matters.
@@ -126,7 +125,7 @@ def make_sampler(dim, num_chains, num_warmup, thinning, num_start_steps, **optio
             return state, (state.z["x"], jnp.sum(evaluations, axis=0), ess[-1], changed)
 
         state, _ = jax.lax.scan(sweep, state, None, length=num_warmup)
-        _, (x, evaluations, ess, changed) = jax.lax.scan(body, state, None, length=NUM_DRAWS // num_chains)
+        _, (x, evaluations, ess, changed) = jax.lax.scan(body, state, None, length=num_draws // num_chains)
         return x.reshape(-1, dim), jnp.mean(evaluations), jnp.nanmean(ess, axis=(0, 1)), jnp.mean(changed)
 
     def run(keys, args):
@@ -150,7 +149,9 @@ def make_sampler(dim, num_chains, num_warmup, thinning, num_start_steps, **optio
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--cells", nargs="+", default=[f"{d}x{m}" for d in (8, 80, 800) for m in (1, 2, 4)])
-    parser.add_argument("--problems", type=int, default=20)
+    parser.add_argument("--problems", type=int, default=20, help="half as many in 800 dimensions")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these problems instead")
+    parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--effort", nargs=4, type=int, help="chains, warmup sweeps, sweeps per draw, guided steps at the start")
     parser.add_argument("--particles", type=int)
     parser.add_argument("--segments", type=int)
@@ -161,21 +162,24 @@ def main():
     numpyro.set_host_device_count(options.devices)
     # Random bits for half the price where the sharding of arrays need not be transparent to them.
     jax.config.update("jax_threefry_partitionable", False)
-    if any((options.effort or EFFORT.get(c, EFFORT[c.split("x")[0]]))[0] % options.devices for c in options.cells):
-        parser.error(f"the number of chains must be a multiple of --devices {options.devices}")
-    print(f"{NUM_DRAWS} draws; {options}; effort by dimension: {EFFORT}, sweep {SWEEP}")
+    print(f"{options}; effort by dimension: {EFFORT}, sweep {SWEEP}")
     print("cell    problems  sliced W2   floor   ratio (s.e., worst)   modes  floor   evaluations  seconds (compile)")
     for cell in options.cells:
         dim, num_observations = map(int, cell.split("x"))
-        effort = options.effort or EFFORT.get(cell, EFFORT.get(str(dim)))
+        effort = options.effort or EFFORT.get(cell, EFFORT[str(dim)])
+        if effort[0] % (options.devices * min(BATCH[dim], effort[0] // options.devices)) or options.draws % effort[0]:
+            parser.error(
+                f"{effort[0]} chains cannot share {options.draws} draws, {options.devices} devices, batches of {BATCH[dim]}"
+            )
         given = (options.segments, options.particles, options.guided)
         sweep = [default if one is None else one for one, default in zip(given, SWEEP[dim], strict=True)]
-        run = make_sampler(dim, *effort, segments=sweep[0], num_particles=sweep[1], num_guided_steps=sweep[2])
+        run = make_sampler(dim, options.draws, *effort, segments=sweep[0], num_particles=sweep[1], num_guided_steps=sweep[2])
         rows, compile_time = [], 0.0
-        for seed in range(options.problems if dim < 800 else max(1, options.problems // 2)):
+        seeds = options.seeds or range(options.problems if dim < 800 else max(1, options.problems // 2))
+        for seed in seeds:
             problem = make_problem(seed, dim, num_observations)
             arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), problem)
-            if seed == 0:
+            if not rows:
                 start = time.perf_counter()
                 jax.block_until_ready(run(jr.key(1000), arrays))
                 compile_time = time.perf_counter() - start
