@@ -551,16 +551,18 @@ def test_several_sites_plates_batches_and_images():
     assert_moments(draws["image"], 1 / 3.25, np.sqrt(1 - 1 / 3.25))
 
 
+@pytest.fixture(scope="module")
+def vectorized():
+    return run(make(denoising), Y).get_samples(group_by_chain=True)["x"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chain_method", ["sequential", jax.vmap])
-def test_chain_methods_agree_with_vectorized_chains(chain_method):
-    reference = run(make(denoising), Y)
-    mcmc = run(make(denoising), Y, chain_method=chain_method)
-    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (2, 30, 2)
-    if chain_method == "sequential":  # another program: rounding
-        np.testing.assert_allclose(mcmc.get_samples()["x"][:3], reference.get_samples()["x"][:3], rtol=1e-3, atol=1e-3)
-    else:
-        np.testing.assert_allclose(mcmc.get_samples()["x"][:3], reference.get_samples()["x"][:3], rtol=1e-3, atol=1e-3)
+def test_chain_methods_agree_with_vectorized_chains(chain_method, vectorized):
+    draws = run(make(denoising), Y, chain_method=chain_method).get_samples(group_by_chain=True)["x"]
+    assert draws.shape == (2, 30, 2)
+    # Other programs, with another rounding, that grows.
+    np.testing.assert_allclose(draws[:, :3], vectorized[:, :3], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -240,8 +240,7 @@ def test_a_composite_as_the_inner_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chain_method", ["sequential", jax.vmap])
-@pytest.mark.parametrize("inner", [NUTS, HMC])
+@pytest.mark.parametrize(("inner", "chain_method"), [(NUTS, "sequential"), (HMC, jax.vmap)])
 def test_chain_methods(inner, chain_method):
     mcmc = run(RTKGibbs(inner(unknown_noise), **OPTIONS), Y, chain_method=chain_method)
     draws = mcmc.get_samples(group_by_chain=True)
