@@ -10,7 +10,7 @@ from benchmarks.problems import compare_galaxies, ddpm_galaxies, DIM, draw, mode
 
 NUM_DRAWS = 20_000
 # The distance of one exact sample of this size varies by about 10 %: the mean over replicates is what is compared.
-NUM_REPLICATES = 4
+NUM_REPLICATES, MAX_REPLICATES = 4, 16
 NUM_IMAGES = 128
 SCHEDULES = {
     "OU": rtk.OU(),
@@ -24,7 +24,7 @@ SCHEDULES = {
 
 @pytest.fixture(scope="module")
 def reference():
-    return RingReference(NUM_DRAWS, NUM_REPLICATES)
+    return RingReference(NUM_DRAWS, MAX_REPLICATES)
 
 
 def ring_draws(kernel, *, num_warmup=200, num_replicates=NUM_REPLICATES, seed=0):
@@ -80,7 +80,8 @@ def test_no_warmup_is_safe(reference):
 def test_second_order_transition_reaches_the_floor_at_60_evaluations(reference):
     kernel = rtk.RTKKernel(ring_mixture(rtk.OU()), event_shape=(DIM,), segments=60, inner=rtk.GaussianTransition(order=2))
     assert kernel.num_score_evals == 60
-    assert ratio_to_floor(reference, ring_draws(kernel, num_warmup=0)) < 1.15
+    # The ratio is 1.10, with a standard error of 0.03 from this many replicates and of 0.04 from the floor.
+    assert ratio_to_floor(reference, ring_draws(kernel, num_warmup=0, num_replicates=MAX_REPLICATES)) < 1.2
 
 
 @pytest.mark.slow
@@ -99,7 +100,7 @@ def test_preconditioned_mala_beats_ddpm_at_equal_cost(reference, evaluations):
 
 def test_a_broken_sampler_is_seen(reference):
     # Controls of the checks above: draws that are 3 % too wide, and a mode that is a tenth too heavy.
-    draws = reference.references
+    draws = reference.references[:NUM_REPLICATES]
     other = np.roll(np.array(draws), 1, axis=0)
     assert ratio_to_floor(reference, other) < 1.3
     assert ratio_to_floor(reference, 1.03 * other) > 1.3
