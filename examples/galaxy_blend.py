@@ -110,13 +110,13 @@ def main():
     fluxes = {f"flux of the {name}": light.sum((2, 3)) for name, light in zip(NAMES, lights, strict=True)}
     print_summary({"offsets": np.asarray(draws["offsets"]), **fluxes})
     panels = {}
-    for band, name, light, truth in zip((0, 1), NAMES, lights, truths, strict=True):
+    for name, light, truth, band, image in zip(NAMES, lights, truths, (1, 2), y, strict=True):
         low, high = np.quantile(light, [0.05, 0.95], axis=(0, 1))
         inside, bright = (truth >= low) & (truth <= high), truth > 0.1
         error = np.sqrt(np.mean((light.mean((0, 1)) - truth) ** 2))
         print(f"{name}: error of the posterior mean {error:.3f} (rms per pixel)")
         print(f"{name}: share inside 90 % intervals {inside.mean():.3f}, of pixels with light {inside[bright].mean():.3f}")
-        panels |= {f"data, band {band + 1}": y[band], f"{name}, truth": truth}
+        panels |= {f"data, band {band}": image, f"{name}, truth": truth}
         panels |= {f"{name}, mean": light.mean((0, 1)), f"{name}, sd": light.std((0, 1))}
     print(f"acceptance {np.mean(extra['accept_prob']):.2f}, {np.mean(extra['num_steps']):.0f} leapfrog steps a draw")
 

@@ -21,7 +21,7 @@ import pytest
 # Missing axes are a bug in code written for one event. A global setting, so that the library's own traces see it.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tracing makes many short-lived objects: collecting at each 700 of them is a fifth of its time.
+# Tracing makes many short-lived objects: collecting at each 700 of them is a sixth of its time.
 gc.set_threshold(100_000, 50, 1000)
 
 

@@ -80,8 +80,8 @@ def test_no_warmup_is_safe(reference):
 def test_second_order_transition_reaches_the_floor_at_60_evaluations(reference):
     kernel = rtk.RTKKernel(ring_mixture(rtk.OU()), event_shape=(DIM,), segments=60, inner=rtk.GaussianTransition(order=2))
     assert kernel.num_score_evals == 60
-    # The ratio is 1.10, with a standard error of 0.03 from this many replicates and of 0.04 from the floor.
-    assert ratio_to_floor(reference, ring_draws(kernel, num_warmup=0, num_replicates=MAX_REPLICATES)) < 1.2
+    # The ratio is 1.10: four replicates, with a standard error of 0.07, would not do for this limit.
+    assert ratio_to_floor(reference, ring_draws(kernel, num_warmup=0, num_replicates=MAX_REPLICATES)) < 1.15
 
 
 @pytest.mark.slow
