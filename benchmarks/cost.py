@@ -3,8 +3,8 @@
     python -m benchmarks.cost [--replicates 10] [--rho 7]
 
 All samplers use the grid of `segment_times` from the same terminal noise. Entries are the mean over
-replicates of the distance of 20,000 draws to 20,000 exact draws, divided by the same for two exact samples; the
-standard error of that ratio is printed beside it.
+replicates of the distance of 20,000 draws to 20,000 exact draws, divided by the same for two exact samples;
+the standard error of that ratio is printed beside it.
 """
 
 import argparse
@@ -49,9 +49,13 @@ def samplers(evaluations):
         "RTK-MALA, 4 steps": rtk.MALA(4),
         "RTK-MALA, 2 steps, Simpson": rtk.MALA(2, energy_difference=rtk.Simpson()),
         "PreconditionedMALA, 2 steps": rtk.PreconditionedMALA(2),
-        "same, Simpson, long moves": rtk.PreconditionedMALA(2, energy_difference=rtk.Simpson(), max_step_size=4.0),
+        "same, Simpson, long moves": rtk.PreconditionedMALA(
+            2, energy_difference=rtk.Simpson(), max_step_size=4.0
+        ),
     }
-    return {label: (inner, evaluations // inner.evaluations_per_segment) for label, inner in inners.items()} | {
+    return {
+        label: (inner, evaluations // inner.evaluations_per_segment) for label, inner in inners.items()
+    } | {
         "GaussianTransition(order=2)": (rtk.GaussianTransition(order=2), evaluations),
         "DDPM": (rtk.GaussianTransition(), evaluations),
     }
@@ -60,7 +64,9 @@ def samplers(evaluations):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replicates", type=int, default=10)
-    parser.add_argument("--rho", type=float, default=None, help="spacing of segment_times; its default if not given")
+    parser.add_argument(
+        "--rho", type=float, default=None, help="spacing of segment_times; its default if not given"
+    )
     parser.add_argument("--evaluations", type=int, nargs="+", default=[60, 100, 200])
     options = parser.parse_args()
     spacing = {} if options.rho is None else {"rho": options.rho}
@@ -81,7 +87,8 @@ def main():
         for label, order in (("DDIM", 1), ("DPM-Solver++(2M)", 2)):
             times = rtk.segment_times(schedule, evaluations, **spacing)
             replicates = [
-                deterministic_solver(score, schedule, times, order, jr.key(i), NUM_DRAWS) for i in range(options.replicates)
+                deterministic_solver(score, schedule, times, order, jr.key(i), NUM_DRAWS)
+                for i in range(options.replicates)
             ]
             rows[label] = (replicates, evaluations)
         for label, (replicates, used) in rows.items():

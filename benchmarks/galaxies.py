@@ -51,7 +51,8 @@ def main():
         for statistic, (ours, theirs, relative, z) in rows.items():
             verdict = "" if agrees(relative, z) else "  DIFFERS"
             print(
-                f"  {statistic:16s} {ours:8.4f}  DDPM {theirs:8.4f}  {100 * relative:+6.1f} %  {z:+5.1f} s.e.{verdict}",
+                f"  {statistic:16s} {ours:8.4f}  DDPM {theirs:8.4f}  {100 * relative:+6.1f} %  {z:+5.1f} "
+                f"s.e.{verdict}",
                 flush=True,
             )
 

@@ -1,8 +1,9 @@
-"""Posteriors of noisy galaxies under the pretrained network: error, coverage and R-hat, beside the route in use.
+"""Posteriors of noisy galaxies under the pretrained network: error, coverage and R-hat, beside the route in
+use.
 
-Truths are drawn from the network itself; every pixel gets Gaussian noise of sd 0.5. Routes: `ScoreHMC` with known noise
-scale, `RTKGibbs(NUTS(model))` with the scale as a further latent, and what is found in papers' code: NUTS on a distribution
-whose `log_prob` returns 0 and whose gradient is the score.
+Truths are drawn from the network itself; every pixel gets Gaussian noise of sd 0.5. Routes: `ScoreHMC` with
+known noise scale, `RTKGibbs(NUTS(model))` with the scale as a further latent, and what is found in papers'
+code: NUTS on a distribution whose `log_prob` returns 0 and whose gradient is the score.
 
 Run with:  python -m benchmarks.galaxy_posterior [--galaxies 4] [--routes known unknown attached]
 """
@@ -114,11 +115,17 @@ def statistics(images):
     rows, columns = np.mgrid[:32, :32]
     light = np.clip(images[:, :, 0], 0, None)
     total = light.sum((2, 3))
-    return {"flux": images.sum((2, 3, 4)), "x": (light * columns).sum((2, 3)) / total, "y": (light * rows).sum((2, 3)) / total}
+    return {
+        "flux": images.sum((2, 3, 4)),
+        "x": (light * columns).sum((2, 3)) / total,
+        "y": (light * rows).sum((2, 3)) / total,
+    }
 
 
 def error_and_coverage(images, truth):
-    """RMS error per pixel of the mean of `(chains, draws, ...)`, and the share of pixels inside their 90 % interval."""
+    """RMS error per pixel of the mean of `(chains, draws, ...)`, and the share of pixels inside their 90 %
+    interval.
+    """
     low, high = np.quantile(images, [0.05, 0.95], axis=(0, 1))
     return np.sqrt(np.mean((images.mean((0, 1)) - truth) ** 2)), np.mean((truth >= low) & (truth <= high))
 
@@ -132,10 +139,16 @@ def main():
     truth_key, noise_key = jr.split(jr.key(42))
     truths = rtk.DiffusionPrior(network, SHAPE, schedule).sample(truth_key, (options.galaxies,))
     data = truths + NOISE_SD * jr.normal(noise_key, truths.shape)
-    print(f"{options.galaxies} galaxies, noise sd {NOISE_SD}, {NUM_CHAINS} chains; error of the data {NOISE_SD}")
-    print("one chain: error of the mean and coverage by the draws of the first chain alone, as a user with one chain sees them")
     print(
-        "route      galaxy  error  coverage  (one chain)     sd  R-hat flux   x      y   scale (R-hat)  acceptance  diverging  s"
+        f"{options.galaxies} galaxies, noise sd {NOISE_SD}, {NUM_CHAINS} chains; error of the data {NOISE_SD}"
+    )
+    print(
+        "one chain: error of the mean and coverage by the draws of the first chain alone, as a user with one "
+        "chain sees them"
+    )
+    print(
+        "route      galaxy  error  coverage  (one chain)     sd  R-hat flux   x      y   scale (R-hat)  "
+        "acceptance  diverging  s"
     )
     for name in options.routes:
         kernel, num_warmup, num_samples = routes()[name]
@@ -143,10 +156,14 @@ def main():
         rows = []
         for i in range(options.galaxies):
             start = time.perf_counter()
-            x, scale, accept, diverging = (np.asarray(leaf) for leaf in jax.block_until_ready(run(jr.key(i), data[i])))
+            x, scale, accept, diverging = (
+                np.asarray(leaf) for leaf in jax.block_until_ready(run(jr.key(i), data[i]))
+            )
             seconds = time.perf_counter() - start
             images, scale, truth = x.swapaxes(0, 1), scale.T, np.asarray(truths[i])
-            (error, coverage), (one_error, one_coverage) = (error_and_coverage(x, truth) for x in (images, images[:1]))
+            (error, coverage), (one_error, one_coverage) = (
+                error_and_coverage(x, truth) for x in (images, images[:1])
+            )
             sd = images.std((0, 1)).mean()
             rhat = {key: float(split_gelman_rubin(value)) for key, value in statistics(images).items()}
             scale_rhat = float(split_gelman_rubin(scale)) if name == "unknown" else np.nan
@@ -154,12 +171,14 @@ def main():
             print(
                 f"{name:10} {i:6d} {error:6.3f} {coverage:9.3f} ({one_error:.3f} {one_coverage:.3f}) "
                 f"{sd:6.3f} {rhat['flux']:11.3f} {rhat['x']:6.3f} {rhat['y']:6.3f}"
-                f" {scale.mean():7.3f} ({scale_rhat:.3f}) {accept.mean():11.2f} {int(diverging.sum()):10d} {seconds:8.0f}",
+                f" {scale.mean():7.3f} ({scale_rhat:.3f}) {accept.mean():11.2f} {int(diverging.sum()):10d} "
+                f"{seconds:8.0f}",
                 flush=True,
             )
         mean = np.mean(rows, axis=0)
         print(
-            f"{name:10}   mean {mean[0]:6.3f} {mean[1]:9.3f} {mean[2]:6.3f} {mean[3]:11.3f} {mean[4]:6.3f} {mean[5]:6.3f}",
+            f"{name:10}   mean {mean[0]:6.3f} {mean[1]:9.3f} {mean[2]:6.3f} {mean[3]:11.3f} {mean[4]:6.3f} "
+            f"{mean[5]:6.3f}",
             flush=True,
         )
 

@@ -3,8 +3,8 @@
     python -m benchmarks.large_network
 
 Each row is a fresh process: `hoisted` is what the library does (the arrays travel in the state), `constant`
-the same with the network hidden from it (inside a jitted function) so that JAX bakes the arrays in, `argument` passes the
-network through `MCMC.run(key, arrays)` with `jit_model_args=True`.
+the same with the network hidden from it (inside a jitted function) so that JAX bakes the arrays in,
+`argument` passes the network through `MCMC.run(key, arrays)` with `jit_model_args=True`.
 """
 
 import argparse
@@ -59,7 +59,11 @@ def measure(mode, width):
     jax.block_until_ready(mcmc.get_samples())
     first = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    lowered = jax.jit(lambda state: kernel.sample(state, args, {})).lower(mcmc.last_state) if mode != "argument" else None
+    lowered = (
+        jax.jit(lambda state: kernel.sample(state, args, {})).lower(mcmc.last_state)
+        if mode != "argument"
+        else None
+    )
     size = len(lowered.as_text()) / 1e6 if lowered is not None else float("nan")
     print(f"{mode:9s} {num_parameters:11,d}  {first:9.2f}  {after - before:12.0f}  {size:12.2f}", flush=True)
 
@@ -75,7 +79,9 @@ def main():
     print("                         seconds           MiB    million chars", flush=True)
     for mode in ("hoisted", "argument", "constant"):
         for width in (52, 1820):
-            subprocess.run([sys.executable, "-m", "benchmarks.large_network", "--one", mode, str(width)], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.large_network", "--one", mode, str(width)], check=True
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m benchmarks.overhead [--num-chains 64]
 
-The network alone is evaluated jitted and vmapped at the same batch size; a pass is what `MCMC` runs per iteration.
+The network alone is evaluated jitted and vmapped at the same batch size; a pass is what `MCMC` runs per
+iteration.
 """
 
 import argparse
@@ -24,7 +25,9 @@ def main():
     x = jr.normal(jr.key(1), (options.num_chains, 1, 32, 32))
     bare = timed(jax.jit(lambda x, t: jax.vmap(network, (0, None))(x, t)), x, jnp.asarray(1.0), repeats=20)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(network) if isinstance(leaf, jax.Array))
-    print(f"network of {num_parameters:,} parameters alone, batch of {options.num_chains}: {1e3 * bare:.2f} ms")
+    print(
+        f"network of {num_parameters:,} parameters alone, batch of {options.num_chains}: {1e3 * bare:.2f} ms"
+    )
     inners = {
         "MALA": rtk.MALA(4),
         "MALA, Simpson": rtk.MALA(4, energy_difference=rtk.Simpson()),
@@ -37,7 +40,10 @@ def main():
         state = kernel.init(keys, 10, None, (), {})
         seconds = timed(jax.jit(lambda state, kernel=kernel: kernel.sample(state, (), {})), state)
         ratio = seconds / (kernel.num_score_evals * bare)
-        print(f"{name:20s} {kernel.num_score_evals:4d} evaluations  {seconds:6.2f} s  ratio {ratio:.3f}", flush=True)
+        print(
+            f"{name:20s} {kernel.num_score_evals:4d} evaluations  {seconds:6.2f} s  ratio {ratio:.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

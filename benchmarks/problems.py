@@ -15,7 +15,9 @@ NUM_MODES, DIM, RADIUS, SD = 6, 10, 1.5, 0.3
 
 
 def ring_mixture(schedule):
-    """The paper's mixture: 6 Gaussians of sd 0.3 on a circle of radius 1.5 in the first two of 10 dimensions."""
+    """The paper's mixture: 6 Gaussians of sd 0.3 on a circle of radius 1.5 in the first two of 10
+    dimensions.
+    """
     angles = 2 * np.pi * np.arange(NUM_MODES) / NUM_MODES
     means = np.zeros((NUM_MODES, DIM))
     means[:, 0], means[:, 1] = RADIUS * np.cos(angles), RADIUS * np.sin(angles)
@@ -39,7 +41,8 @@ def sliced_w2(x, y, num_directions=128):
 class RingReference:
     """Exact draws of the ring mixture, in replicates, and the Monte Carlo floor of `sliced_w2`.
 
-    The distance of two exact samples varies by a third from pair to pair: the floor is the mean of many pairs.
+    The distance of two exact samples varies by a third from pair to pair: the floor is the mean of many
+    pairs.
     """
 
     def __init__(self, num_draws, num_replicates, num_floor_pairs=20, seed=1):
@@ -47,7 +50,9 @@ class RingReference:
         draws = [np.asarray(score.sample(key, num_draws)) for key in jr.split(jr.key(seed), num_replicates)]
         self.references = draws
         pairs = jr.split(jr.key(seed + 1), (num_floor_pairs, 2))
-        self.floors = [sliced_w2(score.sample(one, num_draws), score.sample(other, num_draws)) for one, other in pairs]
+        self.floors = [
+            sliced_w2(score.sample(one, num_draws), score.sample(other, num_draws)) for one, other in pairs
+        ]
 
     @property
     def floor(self):
@@ -81,7 +86,8 @@ def draw(kernel, num_draws, *, num_warmup=200, num_chains=100, seed=0, extra_fie
 
 
 def galaxy_network():
-    """The pretrained galaxy network (a score, `network(x, t)` with `x` of shape (1, 32, 32)) and its schedule.
+    """The pretrained galaxy network (a score, `network(x, t)` with `x` of shape (1, 32, 32)) and its
+    schedule.
 
     Constant-rate VP with t from 0 to 10; the network was trained on images scaled by log1p, and below
     t = 0.01 (noise of sd 0.1 in these units) nothing is asked of it.
@@ -95,7 +101,9 @@ POWER_BANDS = ((0.5, 2), (2, 4), (4, 8), (8, 12), (12, 23))
 
 
 def galaxy_statistics(images):
-    """Per-image statistics, each of shape `(n,)`: mean, sd, roughness, maximum, log power in bands of wave number."""
+    """Per-image statistics, each of shape `(n,)`: mean, sd, roughness, maximum, log power in bands of wave
+    number.
+    """
     images = np.asarray(images, np.float64).reshape(-1, 32, 32)
     roughness = 0.5 * sum(np.abs(np.diff(images, axis=axis)).mean((1, 2)) for axis in (1, 2))
     power = np.abs(np.fft.fft2(images)) ** 2 / images[0].size
@@ -122,7 +130,9 @@ def compare_galaxies(images, reference):
     ours, theirs = galaxy_statistics(images), galaxy_statistics(reference)
     for name in ours:
         difference = ours[name].mean() - theirs[name].mean()
-        error = np.hypot(ours[name].std() / np.sqrt(len(ours[name])), theirs[name].std() / np.sqrt(len(theirs[name])))
+        error = np.hypot(
+            ours[name].std() / np.sqrt(len(ours[name])), theirs[name].std() / np.sqrt(len(theirs[name]))
+        )
         relative = difference if name.startswith("log") else difference / abs(theirs[name].mean())
         rows[name] = (ours[name].mean(), theirs[name].mean(), relative, difference / error)
     return rows
@@ -132,7 +142,11 @@ def ddpm_galaxies(num_images, num_steps=1000, seed=11):
     """Reference draws of the galaxy network by DDPM."""
     network, schedule = galaxy_network()
     kernel = rtk.RTKKernel(
-        network, event_shape=(1, 32, 32), schedule=schedule, segments=num_steps, inner=rtk.GaussianTransition()
+        network,
+        event_shape=(1, 32, 32),
+        schedule=schedule,
+        segments=num_steps,
+        inner=rtk.GaussianTransition(),
     )
     num_chains = min(64, num_images)
     mcmc = draw(kernel, num_images, num_warmup=0, num_chains=num_chains, seed=seed)
@@ -140,7 +154,9 @@ def ddpm_galaxies(num_images, num_steps=1000, seed=11):
 
 
 def timed(function, *args, repeats=5):
-    """Shortest wall time of `function(*args)` over `repeats` calls, in seconds, after a first call to compile."""
+    """Shortest wall time of `function(*args)` over `repeats` calls, in seconds, after a first call to
+    compile.
+    """
     jax.block_until_ready(function(*args))
     times = []
     for _ in range(repeats):

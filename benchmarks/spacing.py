@@ -2,8 +2,8 @@
 
     python -m benchmarks.spacing [--galaxies]
 
-Mixture: sliced W2 of 20,000 draws over the Monte Carlo floor, mean of the replicates (standard error). Galaxies: 256 draws
-against 1000-step DDPM, relative differences in per cent (in standard errors).
+Mixture: sliced W2 of 20,000 draws over the Monte Carlo floor, mean of the replicates (standard error).
+Galaxies: 256 draws against 1000-step DDPM, relative differences in per cent (in standard errors).
 """
 
 import argparse
@@ -27,7 +27,11 @@ RHOS = (7.0, 20.0, np.inf)
 
 def mixture(num_replicates):
     score, reference = ring_mixture(rtk.OU()), RingReference(20_000, num_replicates)
-    for inner, segments in ((rtk.PreconditionedMALA(2), 20), (rtk.MALA(4), 20), (rtk.GaussianTransition(), 60)):
+    for inner, segments in (
+        (rtk.PreconditionedMALA(2), 20),
+        (rtk.MALA(4), 20),
+        (rtk.GaussianTransition(), 60),
+    ):
         for rho in RHOS:
             times = rtk.segment_times(rtk.OU(), segments, rho=rho)
             kernel = rtk.RTKKernel(score, event_shape=(DIM,), segments=times, inner=inner)
@@ -36,7 +40,8 @@ def mixture(num_replicates):
             ratios = np.array(reference.distances(replicates)) / reference.floor
             error = ratios.std() / np.sqrt(num_replicates - 1)
             print(
-                f"rho={rho:<4g} {type(inner).__name__:20s} {kernel.num_score_evals:4d}  {ratios.mean():.3f} ({error:.3f})",
+                f"rho={rho:<4g} {type(inner).__name__:20s} {kernel.num_score_evals:4d}  {ratios.mean():.3f} "
+                f"({error:.3f})",
                 flush=True,
             )
 
@@ -47,7 +52,9 @@ def galaxies():
     for inner, segments in ((rtk.PreconditionedMALA(4), 20), (rtk.MALA(4), 20)):
         for rho in RHOS:
             times = rtk.segment_times(schedule, segments, rho=rho)
-            kernel = rtk.RTKKernel(network, event_shape=(1, 32, 32), schedule=schedule, segments=times, inner=inner)
+            kernel = rtk.RTKKernel(
+                network, event_shape=(1, 32, 32), schedule=schedule, segments=times, inner=inner
+            )
             mcmc = draw(kernel, 256, num_warmup=40, num_chains=16)
             rows = compare_galaxies(mcmc.get_samples()["x"], reference)
             text = "  ".join(f"{name} {100 * r:+.1f} ({z:+.1f})" for name, (_, _, r, z) in rows.items())

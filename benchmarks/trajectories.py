@@ -1,7 +1,8 @@
 """Bias of HMC whose energy error is a line integral of scores: `python benchmarks/trajectories.py`.
 
-Independent chains start from exact draws of three laws in 10 dimensions; after 20 trajectories of length 1.5 their mean and
-variance should not have moved. Rows compare the rule of `ScoreHMC` with the plain trapezoid rule and with no accept step.
+Independent chains start from exact draws of three laws in 10 dimensions; after 20 trajectories of length 1.5
+their mean and variance should not have moved. Rows compare the rule of `ScoreHMC` with the plain trapezoid
+rule and with no accept step.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from numpyro_rtk._trajectory import leapfrog, Point, unit_velocity
+from numpyro_rtk._moves._leapfrog import leapfrog, Point, unit_velocity
 
 
 DIM, NUM_TRAJECTORIES, LENGTH = 10, 20, 1.5
@@ -51,14 +52,19 @@ def run(key, x, *, potential, order, accept, step_size, num_steps):
     def iteration(x, key):
         momentum_key, accept_key = jr.split(key)
         momentum = {"x": jr.normal(momentum_key, x.shape)}
-        end = leapfrog(evaluate, unit_velocity, evaluate({"x": x}), momentum, step_size, num_steps, order=order)
+        end = leapfrog(
+            evaluate, unit_velocity, evaluate({"x": x}), momentum, step_size, num_steps, order=order
+        )
         accepted = (jnp.log(jr.uniform(accept_key)) < -end.energy_error) | (not accept)
         accepted &= ~end.diverging & ~end.unresolved
-        return jnp.where(accepted, end.point.position["x"], x), (jnp.minimum(1, jnp.exp(-end.energy_error)), end.unresolved)
+        return jnp.where(accepted, end.point.position["x"], x), (
+            jnp.minimum(1, jnp.exp(-end.energy_error)),
+            end.unresolved,
+        )
 
-    x, (accept_prob, unresolved) = jax.vmap(lambda key, x: jax.lax.scan(iteration, x, jr.split(key, NUM_TRAJECTORIES)))(
-        jr.split(key, x.shape[0]), x
-    )
+    x, (accept_prob, unresolved) = jax.vmap(
+        lambda key, x: jax.lax.scan(iteration, x, jr.split(key, NUM_TRAJECTORIES))
+    )(jr.split(key, x.shape[0]), x)
     return x, jnp.mean(accept_prob), jnp.mean(unresolved)
 
 
@@ -81,8 +87,10 @@ def main() -> None:
                 x = np.asarray(x, np.float64)
                 variance_se = np.std((x - x.mean()) ** 2) / exact.var() / np.sqrt(x.size)
                 print(
-                    f"{name} | {step_size} | {rule} | {accept_prob:.3f} | {unresolved:.4f} | {x.mean() - exact.mean():+.4f} "
-                    f"({x.std() / np.sqrt(x.size):.4f}) | {x.var() / exact.var() - 1:+.4f} ({variance_se:.4f})",
+                    f"{name} | {step_size} | {rule} | {accept_prob:.3f} | {unresolved:.4f} | "
+                    f"{x.mean() - exact.mean():+.4f} "
+                    f"({x.std() / np.sqrt(x.size):.4f}) | {x.var() / exact.var() - 1:+.4f} "
+                    f"({variance_se:.4f})",
                     flush=True,
                 )
 

@@ -16,7 +16,11 @@ class EquinoxSignatures(griffe.Extension):
 
     def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         runtime = getattr(importlib.import_module(cls.module.path), cls.name, None)
-        if "__init__" in cls.members or not dataclasses.is_dataclass(runtime) or cls.name.startswith("Abstract"):
+        if (
+            "__init__" in cls.members
+            or not dataclasses.is_dataclass(runtime)
+            or cls.name.startswith("Abstract")
+        ):
             return
         kind = griffe.ParameterKind.positional_or_keyword
         parameters = [griffe.Parameter("self", kind=kind)]
@@ -30,5 +34,7 @@ class EquinoxSignatures(griffe.Extension):
                 default = repr(field.default_factory())
             annotation = cls.members[field.name].annotation if field.name in cls.members else None
             parameters.append(griffe.Parameter(field.name, annotation=annotation, kind=kind, default=default))
-        init = griffe.Function("__init__", parent=cls, parameters=griffe.Parameters(*parameters), returns="None")
+        init = griffe.Function(
+            "__init__", parent=cls, parameters=griffe.Parameters(*parameters), returns="None"
+        )
         cls.set_member("__init__", init)

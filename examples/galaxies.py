@@ -1,7 +1,7 @@
 """Draw galaxies from a pretrained diffusion model of the Hyper Suprime-Cam survey.
 
-The network `HSC_32` of the package `galaxygrad` (its weights ship in the wheel) is the score of 32x32 images of real
-galaxies, noised by a variance-preserving process of constant rate 1 from t = 0 to 10. RTK-MALA and
+The network `HSC_32` of the package `galaxygrad` (its weights ship in the wheel) is the score of 32x32 images
+of real galaxies, noised by a variance-preserving process of constant rate 1 from t = 0 to 10. RTK-MALA and
 RTK-ULD draw from it through NumPyro's `MCMC`; the draws go to a figure and, through ArviZ, to NetCDF.
 
     python examples/galaxies.py --output demo-output
@@ -38,7 +38,9 @@ FIELDS = ("accept_prob", "segment_accept_prob", "num_score_evals", "adapt_state.
 
 
 def run(kernel, num_warmup, num_samples):
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized")
+    mcmc = MCMC(
+        kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
+    )
     mcmc.run(jr.key(0), extra_fields=FIELDS)
     return mcmc
 
@@ -47,7 +49,10 @@ def report(name, kernel, mcmc):
     """NumPyro's summary of what one would measure on a galaxy, and acceptance by segment."""
     images = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])[:, :, 0]
     fields = mcmc.get_extra_fields()
-    print(f"\n{name}: {kernel.num_score_evals} score evaluations per galaxy, {int(fields['diverging'].sum())} divergences")
+    print(
+        f"\n{name}: {kernel.num_score_evals} score evaluations per galaxy, {int(fields['diverging'].sum())} "
+        f"divergences"
+    )
     print_summary({"flux": images.sum((2, 3)), "peak": images.max((2, 3)), "sd": images.std((2, 3))})
     print("segment   noise sd / signal   acceptance   step size")
     noise = noise_levels(kernel)
@@ -66,7 +71,9 @@ def noise_levels(kernel):
 def plot_galaxies(runs, path):
     columns = 8
     figure = plt.figure(figsize=(columns * 1.2, 2.9 * len(runs)), layout="constrained")
-    for part, (name, (_, mcmc)) in zip(np.atleast_1d(figure.subfigures(len(runs), 1)), runs.items(), strict=True):
+    for part, (name, (_, mcmc)) in zip(
+        np.atleast_1d(figure.subfigures(len(runs), 1)), runs.items(), strict=True
+    ):
         part.suptitle(name)
         axes = part.subplots(2, columns).ravel()
         images = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])[:, :, 0]
@@ -105,7 +112,9 @@ def plot_segments(runs, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--small", action="store_true", help="few galaxies from few segments, to see that it runs")
+    parser.add_argument(
+        "--small", action="store_true", help="few galaxies from few segments, to see that it runs"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     num_warmup, num_samples = (4, 4) if options.small else (40, 16)

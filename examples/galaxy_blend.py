@@ -1,8 +1,8 @@
 """Two blended galaxies: two diffusion sites, and their positions as latents.
 
-Light of two real galaxies of the Hubble eXtreme Deep Field overlaps on noisy images in two bands, given colours of their own.
-Each has the pretrained network `HSC_32` as prior, which knows centred galaxies; where they are is uncertain. Images and positions
-are strongly correlated, so `ScoreHMC` moves them together.
+Light of two real galaxies of the Hubble eXtreme Deep Field overlaps on noisy images in two bands, given
+colours of their own. Each has the pretrained network `HSC_32` as prior, which knows centred galaxies; where
+they are is uncertain. Images and positions are strongly correlated, so `ScoreHMC` moves them together.
 
     python examples/galaxy_blend.py --output demo-output
 """
@@ -42,20 +42,24 @@ PRIOR = rtk.DiffusionPrior(HSC_32, event_shape=(1, 32, 32), schedule=SCHEDULE)
 # Where the two were detected, in pixels from the centre of the image, and the error of that.
 DETECTED, DETECTION_SD = jnp.array([[-2.0, -3.0], [2.0, 3.0]]), 0.3
 NOISE_SD = 0.03
-# Brightness of each galaxy (rows) in each band: what tells their outskirts apart. In one band, either could have them,
-# and chains would seldom move from one answer to the other.
+# Brightness of each galaxy (rows) in each band: what tells their outskirts apart. In one band, either could
+# have them, and chains would seldom move from one answer to the other.
 COLOURS = jnp.array([[1.0, 0.5], [0.5, 1.0]])
 NAMES = ("first", "second")
 FREQUENCIES = jnp.stack(jnp.meshgrid(jnp.fft.fftfreq(32), jnp.fft.fftfreq(32), indexing="ij"))
 
 
 def light_of(image):
-    """Light, of which the network was trained on `10 log(1 + light)`. The brightest pixel of a galaxy has about 0.9."""
+    """Light, of which the network was trained on `10 log(1 + light)`. The brightest pixel of a galaxy has
+    about 0.9.
+    """
     return jnp.expm1(image[0] / 10)
 
 
 def shift(light, offset):
-    """Move an image by a fraction of pixels. By Fourier's shift theorem: smooth in the offset, where interpolation has kinks."""
+    """Move an image by a fraction of pixels. By Fourier's shift theorem: smooth in the offset, where
+    interpolation has kinks.
+    """
     phase = jnp.exp(-2j * jnp.pi * jnp.tensordot(offset, FREQUENCIES, axes=1))
     return jnp.fft.ifft2(jnp.fft.fft2(light) * phase).real
 
@@ -68,7 +72,9 @@ def scene(lights, offsets):
 
 def model(y):
     offsets = numpyro.sample("offsets", dist.Normal(DETECTED, DETECTION_SD).to_event(2))
-    lights = [numpyro.deterministic(f"light of the {name}", light_of(numpyro.sample(name, PRIOR))) for name in NAMES]
+    lights = [
+        numpyro.deterministic(f"light of the {name}", light_of(numpyro.sample(name, PRIOR))) for name in NAMES
+    ]
     numpyro.sample("y", dist.Normal(scene(lights, offsets), NOISE_SD).to_event(3), obs=y)
 
 
@@ -100,13 +106,18 @@ def main():
         trajectory_length=6.0,
         target_accept_prob=0.8,
     )
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized")
+    mcmc = MCMC(
+        kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
+    )
     mcmc.run(run_key, y, extra_fields=("energy", "accept_prob", "num_steps"))
 
     draws = mcmc.get_samples(group_by_chain=True)
     extra = mcmc.get_extra_fields()
     lights = [np.asarray(draws[f"light of the {name}"]) for name in NAMES]
-    print(f"\noffsets {np.round(np.asarray(offsets), 2).tolist()}, fluxes {np.round(truths.sum((1, 2)), 1).tolist()}")
+    print(
+        f"\noffsets {np.round(np.asarray(offsets), 2).tolist()}, fluxes "
+        f"{np.round(truths.sum((1, 2)), 1).tolist()}"
+    )
     fluxes = {f"flux of the {name}": light.sum((2, 3)) for name, light in zip(NAMES, lights, strict=True)}
     print_summary({"offsets": np.asarray(draws["offsets"]), **fluxes})
     panels = {}
@@ -115,10 +126,16 @@ def main():
         inside, bright = (truth >= low) & (truth <= high), truth > 0.1
         error = np.sqrt(np.mean((light.mean((0, 1)) - truth) ** 2))
         print(f"{name}: error of the posterior mean {error:.3f} (rms per pixel)")
-        print(f"{name}: share inside 90 % intervals {inside.mean():.3f}, of pixels with light {inside[bright].mean():.3f}")
+        print(
+            f"{name}: share inside 90 % intervals {inside.mean():.3f}, of pixels with light "
+            f"{inside[bright].mean():.3f}"
+        )
         panels |= {f"data, band {band}": image, f"{name}, truth": truth}
         panels |= {f"{name}, mean": light.mean((0, 1)), f"{name}, sd": light.std((0, 1))}
-    print(f"acceptance {np.mean(extra['accept_prob']):.2f}, {np.mean(extra['num_steps']):.0f} leapfrog steps a draw")
+    print(
+        f"acceptance {np.mean(extra['accept_prob']):.2f}, {np.mean(extra['num_steps']):.0f} leapfrog steps a "
+        f"draw"
+    )
 
     figure, axes = plt.subplots(2, 4, figsize=(12, 6), layout="constrained")
     for axis, (title, image) in zip(axes.ravel(), panels.items(), strict=True):
@@ -126,7 +143,9 @@ def main():
         axis.set_title(title)
         axis.set_axis_off()
     figure.savefig(options.output / "galaxy_blend.png", dpi=150)
-    az.from_numpyro(mcmc, log_likelihood=False).to_netcdf(options.output / "galaxy_blend.nc", engine="h5netcdf")
+    az.from_numpyro(mcmc, log_likelihood=False).to_netcdf(
+        options.output / "galaxy_blend.nc", engine="h5netcdf"
+    )
 
 
 if __name__ == "__main__":

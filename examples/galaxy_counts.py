@@ -1,8 +1,8 @@
 """Photon counts of a galaxy: a Poisson likelihood with an uncertain sky level.
 
-As `galaxy_restore.py`, but each pixel counts photons, and few of them. The prior of the image is the pretrained network
-`HSC_32`; `ScoreHMC` moves image and sky level together. The likelihood is not Gaussian: the annealed start
-tempers it by itself.
+As `galaxy_restore.py`, but each pixel counts photons, and few of them. The prior of the image is the
+pretrained network `HSC_32`; `ScoreHMC` moves image and sky level together. The likelihood is not Gaussian:
+the annealed start tempers it by itself.
 
     python examples/galaxy_counts.py --output demo-output
 """
@@ -38,8 +38,8 @@ with warnings.catch_warnings():
 SHAPE = (1, 32, 32)
 SCHEDULE = rtk.VP(beta_min=1.0, beta_max=1.0, t_max=10.0, t_min=0.01)
 EXPOSURE, SKY = 10.0, 2.0
-# As found on empty sky nearby, with a relative error of 3 %. Without it faint light everywhere could not be told from
-# sky, and the posterior would have a second mode.
+# As found on empty sky nearby, with a relative error of 3 %. Without it faint light everywhere could not be
+# told from sky, and the posterior would have a second mode.
 MEASURED_SKY, SKY_ERROR = 1.96, 0.03
 
 
@@ -67,8 +67,12 @@ def main():
     counts = jr.poisson(noise_key, rate(truth, SKY))
 
     # Faint light in many pixels looks like a brighter sky: both must move together.
-    kernel = rtk.ScoreHMC(model, max_num_steps=4 if options.small else 128, trajectory_length=5.0, target_accept_prob=0.8)
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized")
+    kernel = rtk.ScoreHMC(
+        model, max_num_steps=4 if options.small else 128, trajectory_length=5.0, target_accept_prob=0.8
+    )
+    mcmc = MCMC(
+        kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
+    )
     mcmc.run(run_key, counts, extra_fields=("energy", "accept_prob", "num_steps"))
 
     draws = mcmc.get_samples(group_by_chain=True)
@@ -76,17 +80,27 @@ def main():
     print(f"\nsky {SKY}, flux {truth.sum():.1f}, {int(jnp.sum(counts))} photons")
     print_summary({"sky": np.asarray(draws["sky"]), "flux": images.sum((2, 3)), "peak": images.max((2, 3))})
     low, high = np.quantile(images, [0.05, 0.95], axis=(0, 1))
-    print(f"error of the posterior mean: {np.sqrt(np.mean((images.mean((0, 1)) - truth) ** 2)):.3f} (rms per pixel)")
+    print(
+        f"error of the posterior mean: {np.sqrt(np.mean((images.mean((0, 1)) - truth) ** 2)):.3f} (rms per "
+        f"pixel)"
+    )
     print(f"share of pixels inside their 90 % interval: {np.mean((truth >= low) & (truth <= high)):.3f}")
 
-    panels = {"truth": truth, "counts": counts, "posterior mean": images.mean((0, 1)), "posterior sd": images.std((0, 1))}
+    panels = {
+        "truth": truth,
+        "counts": counts,
+        "posterior mean": images.mean((0, 1)),
+        "posterior sd": images.std((0, 1)),
+    }
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
     for axis, (title, image) in zip(axes, panels.items(), strict=True):
         figure.colorbar(axis.imshow(image, cmap="viridis" if "sd" in title else "magma"), ax=axis, shrink=0.8)
         axis.set_title(title)
         axis.set_axis_off()
     figure.savefig(options.output / "galaxy_counts.png", dpi=150)
-    az.from_numpyro(mcmc, log_likelihood=False).to_netcdf(options.output / "galaxy_counts.nc", engine="h5netcdf")
+    az.from_numpyro(mcmc, log_likelihood=False).to_netcdf(
+        options.output / "galaxy_counts.nc", engine="h5netcdf"
+    )
 
 
 if __name__ == "__main__":

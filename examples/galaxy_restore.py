@@ -1,13 +1,15 @@
 """Denoise, deconvolve and inpaint a galaxy, with unknown background level and noise scale.
 
-The galaxy is real: a disc in the Hubble eXtreme Deep Field. Its image is blurred by a point-spread function, made noisy,
-a block of pixels is hidden, and neither the background level nor the noise scale is given. What is known is the prior: the
-pretrained network `HSC_32` of the package `galaxygrad`, trained on galaxies of another telescope, the Hyper Suprime-Cam
-survey. `RTKGibbs(NUTS(model))` samples image, background and noise scale together.
+The galaxy is real: a disc in the Hubble eXtreme Deep Field. Its image is blurred by a point-spread function,
+made noisy, a block of pixels is hidden, and neither the background level nor the noise scale is given. What
+is known is the prior: the pretrained network `HSC_32` of the package `galaxygrad`, trained on galaxies of
+another telescope, the Hyper Suprime-Cam survey. `RTKGibbs(NUTS(model))` samples image, background and noise
+scale together.
 
     python examples/galaxy_restore.py --output demo-output
 
-With `--galaxy simulated` the galaxy is a draw of the prior, for which posterior intervals must cover what they say.
+With `--galaxy simulated` the galaxy is a draw of the prior, for which posterior intervals must cover what
+they say.
 """
 
 import argparse
@@ -53,13 +55,17 @@ OBSERVED[10:14, 18:23] = False
 
 
 def network_prior(t_min):
-    """The law of galaxies with the noise of `t_min`: of sd 0.17 at t = 0.03, where the brightest pixels have 6."""
+    """The law of galaxies with the noise of `t_min`: of sd 0.17 at t = 0.03, where the brightest pixels have
+    6.
+    """
     schedule = rtk.VP(beta_min=1.0, beta_max=1.0, t_max=10.0, t_min=t_min)
     return rtk.DiffusionPrior(HSC_32, event_shape=(1, 32, 32), schedule=schedule)
 
 
 def light_of(image):
-    """Light, of which the network was trained on `10 log(1 + light)`. The brightest pixel of a galaxy has about 0.9."""
+    """Light, of which the network was trained on `10 log(1 + light)`. The brightest pixel of a galaxy has
+    about 0.9.
+    """
     return jnp.expm1(image[0] / 10)
 
 
@@ -76,7 +82,9 @@ def model(y, prior):
 
 
 def hubble_galaxy():
-    """A disc in the Hubble eXtreme Deep Field: its light, without that of the sky. Pixel (15, 15) is the centre, as in draws."""
+    """A disc in the Hubble eXtreme Deep Field: its light, without that of the sky. Pixel (15, 15) is the
+    centre, as in draws.
+    """
     cutout = rgb2xyz(hubble_deep_field()[661:693, 54:86])[..., 1]  # luminance is linear in the light
     cutout = cutout - np.median(np.concatenate([cutout[[0, -1]].ravel(), cutout[:, [0, -1]].ravel()]))
     return jnp.asarray(0.9 * cutout / cutout.max(), jnp.float32)
@@ -94,7 +102,10 @@ def plot(truth, y, light, path):
     for axis, (title, image) in zip(axes.ravel(), panels.items(), strict=True):
         is_sd = title == "posterior sd"
         shown = axis.imshow(
-            image, cmap="viridis" if is_sd else "magma", vmin=0 if is_sd else -0.05, vmax=None if is_sd else truth.max()
+            image,
+            cmap="viridis" if is_sd else "magma",
+            vmin=0 if is_sd else -0.05,
+            vmax=None if is_sd else truth.max(),
         )
         figure.colorbar(shown, ax=axis, shrink=0.8)
         axis.set_title(title)
@@ -106,8 +117,12 @@ def plot(truth, y, light, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--galaxy", choices=("hubble", "simulated"), default="hubble", help="real, or a draw of the prior")
-    parser.add_argument("--t-min", type=float, default=0.03, help="noise of the prior; see docs/posteriors.md#images")
+    parser.add_argument(
+        "--galaxy", choices=("hubble", "simulated"), default="hubble", help="real, or a draw of the prior"
+    )
+    parser.add_argument(
+        "--t-min", type=float, default=0.03, help="noise of the prior; see docs/posteriors.md#images"
+    )
     parser.add_argument("--small", action="store_true", help="few iterations, to see that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -128,8 +143,14 @@ def main():
         sweep_prob=0.0,
         local=rtk.LocalHMC(num_steps=100, num_trajectories=1),
     )
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized")
-    fields = ("block_states.0.local_accept_prob", "block_states.0.num_score_evals", "block_states.1.num_steps")
+    mcmc = MCMC(
+        kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
+    )
+    fields = (
+        "block_states.0.local_accept_prob",
+        "block_states.0.num_score_evals",
+        "block_states.1.num_steps",
+    )
     mcmc.run(run_key, y, extra_fields=fields)
 
     draws = mcmc.get_samples(group_by_chain=True)
@@ -137,7 +158,10 @@ def main():
     rows, columns = np.mgrid[:32, :32]
     positive = np.clip(light, 0, None)
     extra = mcmc.get_extra_fields()
-    print(f"\nbackground {BACKGROUND}, noise sd {NOISE_SD}, flux {truth.sum():.1f}, hidden flux {truth[~OBSERVED].sum():.2f}")
+    print(
+        f"\nbackground {BACKGROUND}, noise sd {NOISE_SD}, flux {truth.sum():.1f}, hidden flux "
+        f"{truth[~OBSERVED].sum():.2f}"
+    )
     print_summary(
         {
             "background": np.asarray(draws["background"]),
@@ -150,13 +174,23 @@ def main():
     )
     low, high = np.quantile(light, [0.05, 0.95], axis=(0, 1))
     inside, bright = (truth >= low) & (truth <= high), truth > 0.1
-    print(f"error of the posterior mean: {np.sqrt(np.mean((light.mean((0, 1)) - truth) ** 2)):.3f} (rms per pixel)")
-    print(f"share of pixels inside their 90 % interval: {inside.mean():.3f}, of those with light {inside[bright].mean():.3f}")
+    print(
+        f"error of the posterior mean: {np.sqrt(np.mean((light.mean((0, 1)) - truth) ** 2)):.3f} (rms per "
+        f"pixel)"
+    )
+    print(
+        f"share of pixels inside their 90 % interval: {inside.mean():.3f}, of those with light "
+        f"{inside[bright].mean():.3f}"
+    )
     print(f"acceptance of local moves: {np.mean(extra['block_states.0.local_accept_prob']):.2f}")
-    print(f"score evaluations per iteration and chain: {np.mean(extra['block_states.0.num_score_evals']):.0f}")
+    print(
+        f"score evaluations per iteration and chain: {np.mean(extra['block_states.0.num_score_evals']):.0f}"
+    )
 
     plot(truth, np.asarray(y), light, options.output / "galaxy_restore.png")
-    az.from_numpyro(mcmc, log_likelihood=False).to_netcdf(options.output / "galaxy_restore.nc", engine="h5netcdf")
+    az.from_numpyro(mcmc, log_likelihood=False).to_netcdf(
+        options.output / "galaxy_restore.nc", engine="h5netcdf"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Draw from a closed-form mixture of Gaussians and look at the draws with ArviZ.
 
-The mixture of the RTK paper's experiments: 6 Gaussians of sd 0.3 on a circle of radius 1.5, in 10 dimensions. Its
-score is known at every noise level, so what comes out can be checked: each mode should hold 1/6 of the draws.
+The mixture of the RTK paper's experiments: 6 Gaussians of sd 0.3 on a circle of radius 1.5, in 10 dimensions.
+Its score is known at every noise level, so what comes out can be checked: each mode should hold 1/6 of the
+draws.
 
     python examples/mixture.py --output demo-output
 """
@@ -39,7 +40,9 @@ def mixture_means():
 
 
 def save(plot, path):
-    """Save an ArviZ plot: ArviZ 1 returns a collection that can save itself, ArviZ 0.x draws on pyplot's figure."""
+    """Save an ArviZ plot: ArviZ 1 returns a collection that can save itself, ArviZ 0.x draws on pyplot's
+    figure.
+    """
     if hasattr(plot, "savefig"):
         plot.savefig(path)
     else:
@@ -56,16 +59,25 @@ def main():
     num_warmup, num_samples = (50, 50) if options.small else (200, 1000)
 
     means = mixture_means()
-    score = rtk.GaussianMixtureScore(np.full(NUM_MODES, 1 / NUM_MODES), means, [SD**2 * np.eye(DIM)] * NUM_MODES, rtk.OU())
+    score = rtk.GaussianMixtureScore(
+        np.full(NUM_MODES, 1 / NUM_MODES), means, [SD**2 * np.eye(DIM)] * NUM_MODES, rtk.OU()
+    )
     kernel = rtk.RTKKernel(score, event_shape=(DIM,))
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized")
-    mcmc.run(jr.key(0), extra_fields=("accept_prob", "segment_accept_prob", "num_score_evals", "adapt_state.step_size"))
+    mcmc = MCMC(
+        kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
+    )
+    mcmc.run(
+        jr.key(0),
+        extra_fields=("accept_prob", "segment_accept_prob", "num_score_evals", "adapt_state.step_size"),
+    )
     mcmc.print_summary()
 
     draws = np.asarray(mcmc.get_samples()["x"])
     nearest = np.argmin(((draws[:, None] - means) ** 2).sum(-1), axis=1)
     print("Score evaluations per draw:", kernel.num_score_evals)
-    print("Fraction of draws per mode (exact: 0.167):", np.bincount(nearest, minlength=NUM_MODES) / len(draws))
+    print(
+        "Fraction of draws per mode (exact: 0.167):", np.bincount(nearest, minlength=NUM_MODES) / len(draws)
+    )
 
     data = az.from_numpyro(mcmc)
     data.to_netcdf(options.output / "mixture.nc", engine="h5netcdf")

@@ -1,8 +1,8 @@
 """A linear-Gaussian observation of a mixture, against the closed form.
 
-The prior is a mixture of six Gaussians on a ring in ten dimensions, given by its score alone; two noisy linear
-combinations of the coordinates are observed. `RTKParticleGibbs` draws from the posterior, which is a mixture
-itself, so that its mode weights and means are known exactly.
+The prior is a mixture of six Gaussians on a ring in ten dimensions, given by its score alone; two noisy
+linear combinations of the coordinates are observed. `RTKParticleGibbs` draws from the posterior, which is a
+mixture itself, so that its mode weights and means are known exactly.
 
     python examples/posterior_mixture.py --output demo-output
 """
@@ -74,7 +74,9 @@ def main():
     y = OPERATOR @ truth + NOISE_SD * rng.standard_normal(2)
 
     kernel = rtk.RTKParticleGibbs(model, num_particles=16)
-    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized")
+    mcmc = MCMC(
+        kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
+    )
     fields = ("changed", "effective_sample_size", "num_score_evals", "log_evidence")
     mcmc.run(jr.key(0), score_fn, jnp.asarray(y), extra_fields=fields)
 
@@ -92,10 +94,15 @@ def main():
         print(f"{i:10d} {exact_mean[i]:12.3f} {x[:, i].mean():8.3f} {exact_sd[i]:10.3f} {x[:, i].std():8.3f}")
     print(f"\nscore evaluations per draw and chain: {np.mean(extra['num_score_evals']):.0f}")
     print(f"share of sweeps in which the draw changed: {np.mean(extra['changed']):.2f}")
-    print(f"lowest effective sample size of a level: {np.nanmin(np.nanmean(extra['effective_sample_size'], axis=0)):.1f} of 16")
+    print(
+        f"lowest effective sample size of a level: "
+        f"{np.nanmin(np.nanmean(extra['effective_sample_size'], axis=0)):.1f} of 16"
+    )
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-    exact = means[rng.choice(NUM_MODES, p=weights, size=len(x))] + rng.multivariate_normal(np.zeros(DIM), covariance, size=len(x))
+    exact = means[rng.choice(NUM_MODES, p=weights, size=len(x))] + rng.multivariate_normal(
+        np.zeros(DIM), covariance, size=len(x)
+    )
     for axis, draws, title in zip(axes, (x, exact), ("particle Gibbs", "exact posterior"), strict=True):
         axis.scatter(*draws[:2000, :2].T, s=3, alpha=0.4, linewidths=0)
         axis.plot(*MEANS[:, :2].T, "k+", label="modes of the prior")

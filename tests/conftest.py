@@ -5,8 +5,9 @@ import importlib.metadata
 import os
 
 
-# Compiling is most of what tests do: LLVM's optimisations cost twice what they save here, and so do the fusion emitters, which
-# newer releases cannot do without. Not so for tests of many draws, which `make test` runs apart. Must precede the import of JAX.
+# Compiling is most of what tests do: LLVM's optimisations cost twice what they save here, and so do the
+# fusion emitters, which newer releases cannot do without. Not so for tests of many draws, which `make test`
+# runs apart. Must precede the import of JAX.
 os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_backend_optimization_level=0"] * ("OPTIMIZED" not in os.environ)
     + ["--xla_cpu_use_fusion_emitters=false"]
@@ -18,7 +19,8 @@ import jax
 import pytest
 
 
-# Missing axes are a bug in code written for one event. A global setting, so that the library's own traces see it.
+# Missing axes are a bug in code written for one event. A global setting, so that the library's own traces see
+# it.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tracing makes many short-lived objects: collecting at each 700 of them is a sixth of its time.
@@ -35,7 +37,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Every compiled program holds memory mappings, of which Linux allows a process 65,530; running out is a crash."""
+    """Every compiled program holds memory mappings, of which Linux allows a process 65,530; running out is a
+    crash.
+    """
     yield
     jax.clear_caches()
     gc.collect()

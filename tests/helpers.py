@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rtk import Cosine, DiscreteVP, EDM, FlowMatching, OU, VE, VP
-from numpyro_rtk._target import ReverseTransition
+from numpyro_rtk._reverse._segment import ReverseTransition
 
 
 DDPM_ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -59,7 +59,11 @@ def make_target(score_fn, schedule, s, t, x_t, score_t=None):
     with jax.enable_x64(True):
         times = jnp.asarray(s, jnp.float64), jnp.asarray(t, jnp.float64)
         a, v = schedule.transition(*times)
-        values = [np.asarray(value) for value in (*times, a, v, schedule.sigma(times[0]), schedule.alpha(times[1]))]
+        values = [
+            np.asarray(value) for value in (*times, a, v, schedule.sigma(times[0]), schedule.alpha(times[1]))
+        ]
     s, t, a, v, sigma_s, alpha_t = (jnp.asarray(value, x_t.dtype) for value in values)
     score_t = score_fn(x_t, t) if score_t is None else score_t
-    return ReverseTransition(score_fn=score_fn, x_t=x_t, score_t=score_t, s=s, t=t, a=a, v=v, sigma_s=sigma_s, alpha_t=alpha_t)
+    return ReverseTransition(
+        score_fn=score_fn, x_t=x_t, score_t=score_t, s=s, t=t, a=a, v=v, sigma_s=sigma_s, alpha_t=alpha_t
+    )

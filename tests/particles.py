@@ -1,4 +1,6 @@
-"""Posteriors of mixture priors in closed form, and `Posterior` objects for them, for tests of particle Gibbs."""
+"""Posteriors of mixture priors in closed form, and `Posterior` objects for them, for tests of particle
+Gibbs.
+"""
 
 from typing import NamedTuple
 
@@ -9,12 +11,12 @@ import numpy as np
 from scipy import stats
 
 import numpyro_rtk as rtk
-from numpyro_rtk._inner._base import AbstractInnerKernel, SegmentResult
-from numpyro_rtk._levels import noise_levels, run_pilot
-from numpyro_rtk._posterior import Posterior, SiteLaw
-from numpyro_rtk._reverse import segment_grid
-from numpyro_rtk._schedule import segment_times
-from numpyro_rtk._twist import Terms
+from numpyro_rtk._noising._grid import noise_levels, segment_grid
+from numpyro_rtk._noising._times import segment_times
+from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentResult
+from numpyro_rtk._reverse._pilot import run_pilot
+from numpyro_rtk._smc._posterior import Posterior, SiteLaw
+from numpyro_rtk._smc._twist import Terms
 
 
 class Mixture(NamedTuple):
@@ -42,13 +44,17 @@ class Mixture(NamedTuple):
             covariances.append(c - gain @ operator @ c)
         log_weights = np.array(log_weights)
         log_evidence = np.logaddexp.reduce(log_weights)
-        return Mixture(np.exp(log_weights - log_evidence), np.array(means), np.array(covariances)), log_evidence
+        return Mixture(
+            np.exp(log_weights - log_evidence), np.array(means), np.array(covariances)
+        ), log_evidence
 
     def draw(self, rng, size):
         """Exact draws."""
         component = rng.choice(self.weights.size, size, p=self.weights / self.weights.sum())
         roots = np.linalg.cholesky(self.covariances)
-        return self.means[component] + np.einsum("nij,nj->ni", roots[component], rng.standard_normal((size, self.means.shape[1])))
+        return self.means[component] + np.einsum(
+            "nij,nj->ni", roots[component], rng.standard_normal((size, self.means.shape[1]))
+        )
 
     def cdf(self, direction, values):
         """Distribution function of `direction @ x`."""
@@ -67,14 +73,16 @@ class Mixture(NamedTuple):
         return rtk.GaussianMixtureScore(*self, schedule)
 
 
-DIRECTIONS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]]) / np.array([[1.0], [1.0], [np.sqrt(2)], [np.sqrt(2)]])
+DIRECTIONS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]]) / np.array(
+    [[1.0], [1.0], [np.sqrt(2)], [np.sqrt(2)]]
+)
 
 
 def p_values(draws, law, cut):
     """P-values of independent draws in the plane against a mixture.
 
-    Kolmogorov-Smirnov in four directions, squared normal scores in each (KS is blind to small errors of scale), and the
-    binomial test of the half plane `x_0 > cut`, which is a mode indicator.
+    Kolmogorov-Smirnov in four directions, squared normal scores in each (KS is blind to small errors of
+    scale), and the binomial test of the half plane `x_0 > cut`, which is a mode indicator.
     """
     draws = np.asarray(draws, np.float64)
     assert np.all(np.isfinite(draws))
@@ -90,7 +98,18 @@ def p_values(draws, law, cut):
     return np.array(result)
 
 
-def make_law(score, schedule, shape, *, times=None, segments=8, batch_size=1, num_draws=256, draws=None, has_energy=True):
+def make_law(
+    score,
+    schedule,
+    shape,
+    *,
+    times=None,
+    segments=8,
+    batch_size=1,
+    num_draws=256,
+    draws=None,
+    has_energy=True,
+):
     """A site's law, its levels measured from exact draws where given."""
     times = segment_times(schedule, segments) if times is None else times
     levels = noise_levels(schedule, times, jnp.result_type(float))
@@ -133,7 +152,9 @@ def make_posterior(law, terms, inner, log_beta=None, cls=Posterior):
 
 
 class ExactReverse(AbstractInnerKernel):
-    """Draws the reverse transition of a mixture prior from its closed form: an inner kernel without any error."""
+    """Draws the reverse transition of a mixture prior from its closed form: an inner kernel without any
+    error.
+    """
 
     mixture: Mixture
     schedule: rtk.AbstractNoiseSchedule
@@ -156,10 +177,14 @@ class ExactReverse(AbstractInnerKernel):
         noised = target.a**2 * covariances + target.v * eye
         residual = target.x_t[None] - target.a * means
         whitened = jnp.linalg.solve(noised, residual[..., None])[..., 0]
-        log_weights = jnp.log(weights) - 0.5 * (jnp.sum(residual * whitened, -1) + jnp.linalg.slogdet(noised)[1])
+        log_weights = jnp.log(weights) - 0.5 * (
+            jnp.sum(residual * whitened, -1) + jnp.linalg.slogdet(noised)[1]
+        )
         k = jr.categorical(pick_key, log_weights)
         mean = means[k] + target.a * covariances[k] @ whitened[k]
-        root = jnp.linalg.cholesky(covariances[k] - target.a**2 * covariances[k] @ jnp.linalg.solve(noised[k], covariances[k]))
+        root = jnp.linalg.cholesky(
+            covariances[k] - target.a**2 * covariances[k] @ jnp.linalg.solve(noised[k], covariances[k])
+        )
         x = mean + root @ jr.normal(noise_key, mean.shape)
         no, zero = jnp.zeros((), bool), jnp.zeros_like(x)
         return SegmentResult(x, zero, entry, jnp.ones(()), zero, no, no)

@@ -1,4 +1,6 @@
-"""The documentation runs: every Python block of a page, in order, in one namespace; and every public name has its entry."""
+"""The documentation runs: every Python block of a page, in order, in one namespace; and every public name has
+its entry.
+"""
 
 import re
 from pathlib import Path
@@ -67,12 +69,15 @@ def test_only_expected_blocks_are_not_run():
 def test_every_fence_that_opens_python_is_collected():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        fences = re.findall(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*(?:py|python|python3|pycon)\b", text, re.MULTILINE | re.IGNORECASE)
+        fences = re.findall(
+            r"^[ \t]*(?:`{3,}|~{3,})[ \t]*(?:py|python|python3|pycon)\b", text, re.MULTILINE | re.IGNORECASE
+        )
         assert len(fences) == len(python_blocks(text)), name_of(page)
 
 
 def test_blocks_are_found_with_their_line_indent_and_reason():
-    text = "a\n<!-- not run: needs a GPU -->\n```python\nx = 1\n```\n\n- b\n\n    ```python\n    if x:\n        y = 2\n    ```\n"
+    first = "a\n<!-- not run: needs a GPU -->\n```python\nx = 1\n```\n\n"
+    text = first + "- b\n\n    ```python\n    if x:\n        y = 2\n    ```\n"
     assert python_blocks(text) == [Block(4, "x = 1\n", "needs a GPU"), Block(10, "if x:\n    y = 2\n", None)]
 
 

@@ -5,11 +5,20 @@ import pytest
 
 import numpyro_rtk as rtk
 from benchmarks.galaxies import agrees, galaxies, kernels as galaxy_kernels
-from benchmarks.problems import compare_galaxies, ddpm_galaxies, DIM, draw, mode_weight_error, ring_mixture, RingReference
+from benchmarks.problems import (
+    compare_galaxies,
+    ddpm_galaxies,
+    DIM,
+    draw,
+    mode_weight_error,
+    ring_mixture,
+    RingReference,
+)
 
 
 NUM_DRAWS = 20_000
-# The distance of one exact sample of this size varies by about 10 %: the mean over replicates is what is compared.
+# The distance of one exact sample of this size varies by about 10 %: the mean over replicates is what is
+# compared.
 NUM_REPLICATES, MAX_REPLICATES = 4, 16
 NUM_IMAGES = 128
 SCHEDULES = {
@@ -65,7 +74,11 @@ def test_ring_mixture_at_default_settings(reference, name):
 @pytest.mark.parametrize("make", [rtk.RTKMALA, rtk.RTKULD])
 def test_ring_mixture_with_the_named_kernels(reference, make):
     # ULD at its default rule is biased by a few per cent in every segment's variance, hence its own limit.
-    check_ring(reference, ring_draws(make(ring_mixture(rtk.OU()), event_shape=(DIM,))), limit=1.3 if make is rtk.RTKMALA else 2.0)
+    check_ring(
+        reference,
+        ring_draws(make(ring_mixture(rtk.OU()), event_shape=(DIM,))),
+        limit=1.3 if make is rtk.RTKMALA else 2.0,
+    )
 
 
 @pytest.mark.slow
@@ -78,7 +91,9 @@ def test_no_warmup_is_safe(reference):
 
 @pytest.mark.slow
 def test_second_order_transition_reaches_the_floor_at_60_evaluations(reference):
-    kernel = rtk.RTKKernel(ring_mixture(rtk.OU()), event_shape=(DIM,), segments=60, inner=rtk.GaussianTransition(order=2))
+    kernel = rtk.RTKKernel(
+        ring_mixture(rtk.OU()), event_shape=(DIM,), segments=60, inner=rtk.GaussianTransition(order=2)
+    )
     assert kernel.num_score_evals == 60
     # The ratio is 1.10: four replicates, with a standard error of 0.07, would not do for this limit.
     assert ratio_to_floor(reference, ring_draws(kernel, num_warmup=0, num_replicates=MAX_REPLICATES)) < 1.15
@@ -89,7 +104,9 @@ def test_second_order_transition_reaches_the_floor_at_60_evaluations(reference):
 def test_preconditioned_mala_beats_ddpm_at_equal_cost(reference, evaluations):
     score = ring_mixture(rtk.OU())
     ddpm = rtk.RTKKernel(score, event_shape=(DIM,), segments=evaluations, inner=rtk.GaussianTransition())
-    ours = rtk.RTKKernel(score, event_shape=(DIM,), segments=evaluations // 3, inner=rtk.PreconditionedMALA(num_steps=2))
+    ours = rtk.RTKKernel(
+        score, event_shape=(DIM,), segments=evaluations // 3, inner=rtk.PreconditionedMALA(num_steps=2)
+    )
     assert ours.num_score_evals <= ddpm.num_score_evals == evaluations
     # Two replicates tell them apart while DDPM's bias exceeds the floor.
     num_replicates = 2 if evaluations < 200 else NUM_REPLICATES

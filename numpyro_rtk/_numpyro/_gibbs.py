@@ -12,9 +12,9 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._joint import joint_init, joint_sample
-from numpyro_rtk._numpyro._model import diffusion_site_names, without_diffusion
 from numpyro_rtk._numpyro._particle_gibbs import ParticleGibbsState, RTKParticleGibbs
 from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
+from numpyro_rtk._numpyro._sites import diffusion_site_names, without_diffusion
 
 
 class RTKGibbsState(NamedTuple):
@@ -35,48 +35,57 @@ class RTKGibbsState(NamedTuple):
 class RTKGibbs(Gibbs):
     r"""All latents of a model: diffusion sites by `RTKParticleGibbs`, the others by `inner_kernel`, in turn.
 
-    `RTKGibbs(NUTS(model))` is used as NumPyro's `HMCGibbs(NUTS(model), ...)` is. It is a NumPyro `Gibbs` of two blocks,
-    whose inner kernel sees the model without the densities of the diffusion sites: they do not depend on its
-    sites, so that a leapfrog step costs no score evaluation.
+    `RTKGibbs(NUTS(model))` is used as NumPyro's `HMCGibbs(NUTS(model), ...)` is. It is a NumPyro `Gibbs` of
+    two blocks, whose inner kernel sees the model without the densities of the diffusion sites: they do not
+    depend on its sites, so that a leapfrog step costs no score evaluation.
 
-    `RTKGibbs(ScoreHMC(model))` is different: `ScoreHMC` moves *all* latents, the diffusion sites too, after each
-    sweep. Sweeps go between modes, joint trajectories along ridges between a site and a parameter. It takes the place of the
-    local moves (`local=None` unless given), and the model may have no other latents.
+    `RTKGibbs(ScoreHMC(model))` is different: `ScoreHMC` moves *all* latents, the diffusion sites too, after
+    each sweep. Sweeps go between modes, joint trajectories along ridges between a site and a parameter. It
+    takes the place of the local moves (`local=None` unless given), and the model may have no other latents.
 
-    *Law.* Leaves the joint posterior invariant up to what `RTKParticleGibbs`, and `ScoreHMC` if it is there, say of
-    theirs. Where a diffusion site and another latent are strongly correlated, blocks that take turns move slowly (R-hat
-    and effective sample sizes say so); then use `ScoreHMC`, alone or here.
+    *Law.* Leaves the joint posterior invariant up to what `RTKParticleGibbs`, and `ScoreHMC` if it is there,
+    say of theirs. Where a diffusion site and another latent are strongly correlated, blocks that take turns
+    move slowly (R-hat and effective sample sizes say so); then use `ScoreHMC`, alone or here.
 
-    *Cost.* `num_score_evals`: those of particle Gibbs and none by the inner kernel; with `ScoreHMC`, its own and one per
-    event besides, as its start has moved. The state has `diverging` of both blocks;
-    other statistics are `"block_states.0.<field>"` in `extra_fields` for particle Gibbs and `"block_states.1.<field>"` for
-    the inner kernel.
+    *Cost.* `num_score_evals`: those of particle Gibbs and none by the inner kernel; with `ScoreHMC`, its own
+    and one per event besides, as its start has moved. The state has `diverging` of both blocks;
+    other statistics are `"block_states.0.<field>"` in `extra_fields` for particle Gibbs and
+    `"block_states.1.<field>"` for the inner kernel.
 
     Args:
-        inner_kernel: A kernel built on the model: `NUTS(model)`, `HMC(model)`, `DiscreteGibbs(model)`, a NumPyro `Gibbs` of
-            several, any that implements `refresh` and `wrap_model`; or `ScoreHMC(model)`, for all latents together.
+        inner_kernel: A kernel built on the model: `NUTS(model)`, `HMC(model)`, `DiscreteGibbs(model)`, a
+            NumPyro `Gibbs` of several, any that implements `refresh` and `wrap_model`; or `ScoreHMC(model)`,
+            for all latents together.
         **options: Arguments of `RTKParticleGibbs`.
 
     Raises:
-        TypeError, ValueError: for an inner kernel without a model, and as `RTKParticleGibbs` and NumPyro's `Gibbs` do.
+        TypeError, ValueError: for an inner kernel without a model, and as `RTKParticleGibbs` and NumPyro's
+        `Gibbs` do.
     """
 
     _state_cls = RTKGibbsState  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, inner_kernel: MCMCKernel, **options: Any) -> None:
         if not isinstance(inner_kernel, MCMCKernel):
-            got = f"the class {inner_kernel.__name__}" if isinstance(inner_kernel, type) else type(inner_kernel).__name__
+            got = (
+                f"the class {inner_kernel.__name__}"
+                if isinstance(inner_kernel, type)
+                else type(inner_kernel).__name__
+            )
             raise TypeError(f"`inner_kernel` must be a NumPyro kernel such as `NUTS(model)`, got {got}.")
         model = getattr(inner_kernel, "model", None)
         if model is None:
             raise TypeError(
-                f"`inner_kernel` must be built on a model, as `NUTS(model)` is; this {type(inner_kernel).__name__} has none (a "
+                f"`inner_kernel` must be built on a model, as `NUTS(model)` is; this "
+                f"{type(inner_kernel).__name__} has none (a "
                 "potential function says nothing of diffusion sites)."
             )
         if isinstance(inner_kernel, RTKParticleGibbs):
             raise TypeError(
-                "`inner_kernel` samples the other latents, and `RTKParticleGibbs` samples diffusion sites: pass its options to "
-                "`RTKGibbs` itself, as in `RTKGibbs(NUTS(model), num_particles=8)`. Without other latents use "
+                "`inner_kernel` samples the other latents, and `RTKParticleGibbs` samples diffusion sites: "
+                "pass its options to "
+                "`RTKGibbs` itself, as in `RTKGibbs(NUTS(model), num_particles=8)`. Without other latents "
+                "use "
                 "`RTKParticleGibbs(model)` alone."
             )
         self._user_model = model
@@ -118,8 +127,8 @@ class RTKGibbs(Gibbs):
         Args:
             rng_key: One key, or one per vectorized chain.
             num_warmup: Length of the warmup.
-            init_params: `None`, or `{site: value}` with a chain axis if keys are batched: constrained values of diffusion sites,
-                unconstrained ones of sites of an HMC inner kernel.
+            init_params: `None`, or `{site: value}` with a chain axis if keys are batched: constrained values
+                of diffusion sites, unconstrained ones of sites of an HMC inner kernel.
             model_args: Arguments of the model.
             model_kwargs: Keyword arguments of the model.
         """
@@ -132,11 +141,15 @@ class RTKGibbs(Gibbs):
 
         return jax.vmap(one, out_axes=axes)(rng_key, init_params)
 
-    def _init_chain(self, rng_key: Any, num_warmup: int, init_params: Any, args: Any, kwargs: Any) -> RTKGibbsState:
+    def _init_chain(
+        self, rng_key: Any, num_warmup: int, init_params: Any, args: Any, kwargs: Any
+    ) -> RTKGibbsState:
         if self._joint:
             init_key, next_key = jr.split(rng_key)
             blocks = joint_init(*self._kernels, init_key, num_warmup, init_params, args, dict(kwargs or {}))  # pyright: ignore
-            self._sample_fn = self._sample_chain  # as NumPyro's `Gibbs` does: tells `MCMC` that a resumed run needs no `init`
+            self._sample_fn = (
+                self._sample_chain
+            )  # as NumPyro's `Gibbs` does: tells `MCMC` that a resumed run needs no `init`
             return RTKGibbsState(
                 z=blocks[1].z,
                 block_states=blocks,
@@ -154,7 +167,9 @@ class RTKGibbs(Gibbs):
         block = state.block_states[0]._replace(z=state.block_states[0].z | given)
         return state._replace(z=state.z | given, block_states=(block, *state.block_states[1:]))
 
-    def sample(self, state: RTKGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> RTKGibbsState:
+    def sample(
+        self, state: RTKGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> RTKGibbsState:
         """One sweep over both blocks, for one chain or a batch of them."""
         if is_prng_key(state.rng_key):
             return self._sample_chain(state, model_args, model_kwargs)
@@ -162,7 +177,8 @@ class RTKGibbs(Gibbs):
         def one(state: RTKGibbsState) -> RTKGibbsState:
             return _with_shared(self._sample_chain(state, model_args, model_kwargs), None)
 
-        # NumPyro's `Gibbs` refreshes blocks by a `cond`, which gives everything a chain axis; what chains share needs none.
+        # NumPyro's `Gibbs` refreshes blocks by a `cond`, which gives everything a chain axis; what chains
+        # share needs none.
         shared, axes = state.block_states[0].shared, self._chain_axes()
         new = jax.vmap(one, in_axes=(axes,), out_axes=axes)(state)
         return _with_shared(new, shared._replace(iteration=shared.iteration + 1))

@@ -1,4 +1,6 @@
-"""Particle Gibbs in turn with joint HMC: two kernels that share the diffusion sites, so no blocks of NumPyro's `Gibbs`."""
+"""Particle Gibbs in turn with joint HMC: two kernels that share the diffusion sites, so no blocks of
+NumPyro's `Gibbs`.
+"""
 
 import math
 from typing import Any
@@ -6,14 +8,20 @@ from typing import Any
 import jax.random as jr
 from numpyro.infer.gibbs import with_conditioning
 
-from numpyro_rtk._numpyro._model import latent_diffusion_sites
 from numpyro_rtk._numpyro._particle_gibbs import ParticleGibbsState, RTKParticleGibbs
 from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
+from numpyro_rtk._numpyro._sites import latent_diffusion_sites
 
 
-def _given_others(hmc: ScoreHMC, z: dict[str, Any], sites: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The model's keyword arguments with all latents but the diffusion sites conditioned on; unchanged if there are none."""
-    others = {name: value for name, value in hmc.get_constrain_fn(args, kwargs)(z).items() if name not in sites}
+def _given_others(
+    hmc: ScoreHMC, z: dict[str, Any], sites: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The model's keyword arguments with all latents but the diffusion sites conditioned on; unchanged if
+    there are none.
+    """
+    others = {
+        name: value for name, value in hmc.get_constrain_fn(args, kwargs)(z).items() if name not in sites
+    }
     return with_conditioning(kwargs, others) if others else kwargs
 
 
@@ -28,14 +36,17 @@ def joint_init(
 ) -> tuple[ParticleGibbsState, ScoreHMCState]:
     """States of both kernels at one start of one chain.
 
-    `ScoreHMC` finds values of the latents that are no diffusion sites, and particle Gibbs the diffusion sites given those.
+    `ScoreHMC` finds values of the latents that are no diffusion sites, and particle Gibbs the diffusion sites
+    given those.
     """
     particle_key, hmc_key = jr.split(rng_key)
     hmc_state = hmc.init(hmc_key, num_warmup, init_params, args, kwargs)
     sites = {site.name for site in latent_diffusion_sites(hmc.model, jr.key(0), args, kwargs)}
     given = {name: value for name, value in (init_params or {}).items() if name in sites}
     values = {name: hmc_state.z[name] for name in sites} if given else None
-    state = particle_gibbs.init(particle_key, num_warmup, values, args, _given_others(hmc, hmc_state.z, sites, args, kwargs))
+    state = particle_gibbs.init(
+        particle_key, num_warmup, values, args, _given_others(hmc, hmc_state.z, sites, args, kwargs)
+    )
     state = state._replace(z=state.z | given)
     return state, hmc.moved(hmc_state, state.z, args, kwargs)
 
@@ -47,15 +58,19 @@ def joint_sample(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[ParticleGibbsState, ScoreHMCState], Any]:
-    """A sweep over the diffusion sites given the others, then a trajectory of all: each leaves the posterior invariant.
+    """A sweep over the diffusion sites given the others, then a trajectory of all: each leaves the posterior
+    invariant.
 
     Returns:
-        The new states, and the number of score evaluations: those of both, and one per event where the trajectory starts.
+        The new states, and the number of score evaluations: those of both, and one per event where the
+        trajectory starts.
     """
     state, hmc_state = states
     sites = latent_diffusion_sites(hmc.model, jr.key(0), args, kwargs)
     state = state._replace(z={name: hmc_state.z[name] for name in state.z})
     state = particle_gibbs.sample(state, args, _given_others(hmc, hmc_state.z, state.z, args, kwargs))
     hmc_state = hmc.sample(hmc.moved(hmc_state, state.z, args, kwargs), args, kwargs)
-    evaluations = state.num_score_evals + hmc_state.num_score_evals + sum(math.prod(site.batch_shape) for site in sites)
+    evaluations = (
+        state.num_score_evals + hmc_state.num_score_evals + sum(math.prod(site.batch_shape) for site in sites)
+    )
     return (state, hmc_state), evaluations

@@ -18,55 +18,57 @@ from numpyro.infer.hmc_util import dual_averaging
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
-from numpyro_rtk._checks import check_first_call, check_inner, check_score_shape, resolve_segments
-from numpyro_rtk._energy import ExactEnergy, Simpson
-from numpyro_rtk._hoist import hoist, HoistedArrays
-from numpyro_rtk._inner import AbstractInnerKernel, PreconditionedMALA
-from numpyro_rtk._levels import (
+from numpyro_rtk._moves._line_integral import ExactEnergy, Simpson
+from numpyro_rtk._noising._grid import (
     candidate_levels,
     chosen_grid,
     Levels,
     noise_levels,
-    Pilot,
-    place_levels,
-    prior_draws,
-    run_pilot,
-    transition_difficulty,
+    segment_grid,
+    SegmentGrid,
 )
-from numpyro_rtk._local import AbstractLocalMove, LocalHMC
-from numpyro_rtk._numpyro._checks import check_target_accept_prob
-from numpyro_rtk._numpyro._model import (
-    DiffusionSite,
-    inspect_model,
-    latent_diffusion_sites,
-    Likelihood,
-    ModelSites,
-    without_diffusion,
-)
+from numpyro_rtk._noising._times import resolve_segments
+from numpyro_rtk._numpyro._arguments import check_target_accept_prob
+from numpyro_rtk._numpyro._likelihood import Likelihood
 from numpyro_rtk._numpyro._particle_gibbs_warmup import (
     given_step_size,
     ParticleGibbsAdaptState,
     update_adaptation,
     warn_at_end,
 )
-from numpyro_rtk._particle_gibbs import (
-    choose_sweep,
+from numpyro_rtk._numpyro._sites import (
+    DiffusionSite,
+    inspect_model,
+    latent_diffusion_sites,
+    ModelSites,
+    without_diffusion,
+)
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_inner
+from numpyro_rtk._reverse._pass import rule_step_size
+from numpyro_rtk._reverse._pilot import Pilot, prior_draws, run_pilot
+from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
+from numpyro_rtk._score._checks import check_first_call, check_score_shape
+from numpyro_rtk._score._hoist import hoist, HoistedArrays
+from numpyro_rtk._smc._conditional import (
     conditional_sweep,
     max_step_size,
     no_sweep,
     sweep_evaluations,
     SweepTuning,
-    unconditional_sweep,
 )
-from numpyro_rtk._posterior import Posterior, SiteLaw
-from numpyro_rtk._reverse import rule_step_size, segment_grid, SegmentGrid
-from numpyro_rtk._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS, MAX_RESIDUALS
+from numpyro_rtk._smc._local import AbstractLocalMove, LocalHMC
+from numpyro_rtk._smc._placement import place_levels, transition_difficulty
+from numpyro_rtk._smc._posterior import Posterior, SiteLaw
+from numpyro_rtk._smc._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS, MAX_RESIDUALS
+from numpyro_rtk._smc._unconditional import choose_sweep, unconditional_sweep
 
 
 DEFAULT_LEVEL_SEGMENTS = 24
 
 MAX_INNER_STEP_SIZE = 4.0
-"""`max_step_size` of the default inner kernel where energy differences are good: nearly an independent draw."""
+"""`max_step_size` of the default inner kernel where energy differences are good: nearly an independent
+draw.
+"""
 
 MAX_MEAN_SLOPE_DIM = 100
 """Most dimensions in which guided moves take the denoiser's Jacobian as diagonal unless told otherwise."""
@@ -128,61 +130,74 @@ class ParticleGibbsState(NamedTuple):
 class RTKParticleGibbs(MCMCKernel):
     r"""Posterior draws of all `DiffusionPrior` sites of a model, given everything else in it.
 
-    An iteration is one conditional SMC sweep over the noise levels (particle Gibbs), full or from a random level down,
-    then local gradient moves at `t_min`. The current draw is noised up to a level, and `num_particles` particles, one of
-    them pinned to that path, come down by reverse transitions, weighted by the twist, resampled, and moved by guided MALA.
+    An iteration is one conditional SMC sweep over the noise levels (particle Gibbs), full or from a random
+    level down, then local gradient moves at `t_min`. The current draw is noised up to a level, and
+    `num_particles` particles, one of them pinned to that path, come down by reverse transitions, weighted by
+    the twist, resampled, and moved by guided MALA.
 
-    *Law.* Leaves the posterior `p_{t_min}(x) L(x)` invariant for any twist and any `num_particles >= 2`, up to the error of the
-    inner kernel (geometrically small in `num_steps`) and of energy differences estimated from scores (see
-    `PreconditionedMALA`, `LocalHMC`). `p_{t_min}` is the law of the data noised to `t_min`.
+    *Law.* Leaves the posterior `p_{t_min}(x) L(x)` invariant for any twist and any `num_particles >= 2`, up
+    to the error of the inner kernel (geometrically small in `num_steps`) and of energy differences estimated
+    from scores (see `PreconditionedMALA`, `LocalHMC`). `p_{t_min}` is the law of the data noised to `t_min`.
 
-    *Cost.* `num_score_evals` in the state, of the chain's own sweep (vectorized chains are evaluated from the deepest sweep of
-    any of them). A full sweep with `K` segments, `P` particles, `G` guided steps and an inner kernel of `E` evaluations a
-    transition (3 by default) costs, per event of every site, `K (G + 1 + (P - 1)(E + G)) + P` and the local moves, vectorised
-    over particles. A guided step counts twice with `guidance="mean"`, for Simpson's rule, unless all scores have an energy,
-    where a transition counts one more. `init` draws `num_pilot_draws` from the prior (40 evaluations each and one per level;
-    for 64 of them 64 more, to place the levels) and runs two unconditional sweeps with `num_start_steps`.
+    *Cost.* `num_score_evals` in the state, of the chain's own sweep (vectorized chains are evaluated from the
+    deepest sweep of any of them). A full sweep with `K` segments, `P` particles, `G` guided steps and an
+    inner kernel of `E` evaluations a transition (3 by default) costs, per event of every site,
+    `K (G + 1 + (P - 1)(E + G)) + P` and the local moves, vectorised over particles. A guided step counts
+    twice with `guidance="mean"`, for Simpson's rule, unless all scores have an energy, where a transition
+    counts one more. `init` draws `num_pilot_draws` from the prior (40 evaluations each and one per level; for
+    64 of them 64 more, to place the levels) and runs two unconditional sweeps with `num_start_steps`.
 
-    *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of tempered twists,
-    the second estimates the log evidence. The start is the draw of one of them, chosen in proportion to their evidence, as a
-    sweep that missed the mode of the data has little. `init_params` replaces the start.
+    *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of
+    tempered twists, the second estimates the log evidence. The start is the draw of one of them, chosen in
+    proportion to their evidence, as a sweep that missed the mode of the data has little. `init_params`
+    replaces the start.
 
-    *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, and how often to refresh to which depth
-    (in proportion to the squared jump). Nothing changes afterwards.
+    *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, and how often to refresh to
+    which depth (in proportion to the squared jump). Nothing changes afterwards.
     If the effective sample size of a level is below 2 in most sweeps, a warning names it when warmup ends.
 
     Args:
-        model: A NumPyro model whose only unobserved sites, apart from those a composite conditions on, are `DiffusionPrior`
-            sites: several sites, plates and batch shapes are fine, `scan`, `mask` and `scale` on them are not.
+        model: A NumPyro model whose only unobserved sites, apart from those a composite conditions on, are
+            `DiffusionPrior` sites: several sites, plates and batch shapes are fine, `scan`, `mask` and
+            `scale` on them are not.
         num_particles: At least 2, the pinned one included.
-        segments: Number of segments between noise levels (`None` is 24), placed for every site where its reverse transitions
-            are measured to be far from Gaussian, as where modes part; or one time grid for all sites.
-        inner: Inner kernel of the reverse transitions. `None` is `PreconditionedMALA`, at 3 evaluations a transition: one long
-            step with `Simpson()` up to 100 dimensions over all sites, two short steps with the trapezoid rule above, and
+        segments: Number of segments between noise levels (`None` is 24), placed for every site where its
+            reverse transitions are measured to be far from Gaussian, as where modes part; or one time grid
+            for all sites.
+        inner: Inner kernel of the reverse transitions. `None` is `PreconditionedMALA`, at 3 evaluations a
+            transition: one long step with `Simpson()` up to 100 dimensions over all sites, two short steps
+                with the trapezoid rule above, and
             two long steps with `ExactEnergy()` where all scores have an energy.
-        twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers anything else.
+        twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers
+            anything else.
         num_guided_steps: Guided MALA steps per level and particle; 0 for none.
-        num_start_steps: Guided MALA steps per level and particle of the unconditional sweeps that find a start.
-        num_restarts: Iterations of the warmup that draw the diffusion sites anew by an unconditional sweep given the other
-            latents, only as a block of a composite, whose other latents are arbitrary at first: iterations 0, 1, 3, 7, ..., for
-            as long as they are in the first half of the warmup, so that the others settle in between.
-        sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are informative
-            in every coordinate (an image with a value in every pixel) local moves do the work, and sweeps cost most.
-        refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a full sweep. With
-            many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as the deepest of any chain. Shallow
-            ones matter where data are sharp.
-        guidance: How guided moves see through the denoiser: `"jacobian"`, one vector-Jacobian product of the score per
-            evaluation and one more evaluation per level and particle; `"mean"`, the mean slope of each coordinate, for nothing.
-            `None`: the first above 100 dimensions. It changes proposals, not the law.
+        num_start_steps: Guided MALA steps per level and particle of the unconditional sweeps that find a
+            start.
+        num_restarts: Iterations of the warmup that draw the diffusion sites anew by an unconditional sweep
+            given the other latents, only as a block of a composite, whose other latents are arbitrary at
+            first: iterations 0, 1, 3, 7, ..., for as long as they are in the first half of the warmup, so
+                that the others settle in between.
+        sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are
+            informative in every coordinate (an image with a value in every pixel) local moves do the work,
+            and sweeps cost most.
+        refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a
+            full sweep. With many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as
+            the deepest of any chain. Shallow ones matter where data are sharp.
+        guidance: How guided moves see through the denoiser: `"jacobian"`, one vector-Jacobian product of the
+            score per evaluation and one more evaluation per level and particle; `"mean"`, the mean slope of
+            each coordinate, for nothing. `None`: the first above 100 dimensions. It changes proposals, not
+            the law.
         local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
         num_pilot_draws: Prior draws that measure the denoising error of each level.
 
     Raises:
-        TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before anything is compiled.
+        TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before
+        anything is compiled.
 
     References:
-        Andrieu, Doucet and Holenstein (2010); Wu et al. (2023), arXiv 2306.17775; Corenflos et al. (2024), arXiv 2405.13794.
+        Andrieu, Doucet and Holenstein (2010); Wu et al. (2023), arXiv 2306.17775; Corenflos et al. (2024),
+        arXiv 2405.13794.
     """
 
     def __init__(
@@ -219,22 +234,29 @@ class RTKParticleGibbs(MCMCKernel):
             depths = np.asarray(np.nan)
         if depths.ndim != 1 or not depths.size or not np.all((depths > 0) & (depths <= 1)):
             raise ValueError(
-                "`refresh_depths` must be fractions of the levels, each above 0 and at most 1, such as `(1.0, 0.5)`, got "
+                "`refresh_depths` must be fractions of the levels, each above 0 and at most 1, such as "
+                "`(1.0, 0.5)`, got "
                 f"{refresh_depths!r}."
             )
         _check_count("num_pilot_draws", num_pilot_draws, 8, "they measure the denoising error of each level")
         check_target_accept_prob(target_accept_prob)
         if inner is not None and not isinstance(inner, AbstractInnerKernel):
             hint = f" Did you mean `{inner.__name__}()`?" if isinstance(inner, type) else ""
-            raise TypeError(f"`inner` must be an inner kernel such as `PreconditionedMALA()`, got {inner!r}.{hint}")
+            raise TypeError(
+                f"`inner` must be an inner kernel such as `PreconditionedMALA()`, got {inner!r}.{hint}"
+            )
         if twist is not None and not isinstance(twist, AbstractTwist):
             hint = f" Did you mean `{twist.__name__}()`?" if isinstance(twist, type) else ""
-            raise TypeError(f"`twist` must be `GaussianTwist()`, `TemperedTwist()` or `None`, got {twist!r}.{hint}")
+            raise TypeError(
+                f"`twist` must be `GaussianTwist()`, `TemperedTwist()` or `None`, got {twist!r}.{hint}"
+            )
         if guidance not in (None, "jacobian", "mean"):
             raise ValueError(f'`guidance` must be "jacobian", "mean" or `None`, got {guidance!r}.')
         if local is not None and not isinstance(local, AbstractLocalMove):
             hint = f" Did you mean `{local.__name__}()`?" if isinstance(local, type) else ""
-            raise TypeError(f"`local` must be `LocalHMC(...)`, `LocalMALA(...)` or `None`, got {local!r}.{hint}")
+            raise TypeError(
+                f"`local` must be `LocalHMC(...)`, `LocalMALA(...)` or `None`, got {local!r}.{hint}"
+            )
         self._model = model
         self._num_particles = int(num_particles)
         self._segments = segments
@@ -252,7 +274,8 @@ class RTKParticleGibbs(MCMCKernel):
 
     def __repr__(self) -> str:
         return (
-            f"RTKParticleGibbs(num_particles={self._num_particles}, segments={self._segments}, inner={self._inner}, "
+            f"RTKParticleGibbs(num_particles={self._num_particles}, segments={self._segments}, "
+            f"inner={self._inner}, "
             f"twist={self._twist}, num_guided_steps={self._num_guided_steps}, local={self._local})"
         )
 
@@ -309,13 +332,16 @@ class RTKParticleGibbs(MCMCKernel):
             x, t = jax.ShapeDtypeStruct(site.prior.event_shape, dtype), jax.ShapeDtypeStruct((), dtype)
             found.append(hoist(site.prior.score_fn, x, t, (), {}, with_energy=True))
         settings = [
-            f"{site.name} {one[0].fingerprint} {self._times(site).tolist()}" for site, one in zip(sites, found, strict=True)
+            f"{site.name} {one[0].fingerprint} {self._times(site).tolist()}"
+            for site, one in zip(sites, found, strict=True)
         ]
         fingerprint = f"{settings} {type(self._inner).__name__} {self._num_particles} {self._refresh_depths}"
         arrays = HoistedArrays([one[0].arrays for one in found], fingerprint)
         return arrays, lambda arrays: [one[1](part) for one, part in zip(found, arrays, strict=True)]
 
-    def _laws(self, sites: tuple[DiffusionSite, ...], scores: list[Any], shared: Shared) -> tuple[SiteLaw, ...]:
+    def _laws(
+        self, sites: tuple[DiffusionSite, ...], scores: list[Any], shared: Shared
+    ) -> tuple[SiteLaw, ...]:
         return tuple(
             SiteLaw(
                 score_fn=score_fn,
@@ -326,17 +352,27 @@ class RTKParticleGibbs(MCMCKernel):
                 event_shape=site.prior.event_shape,
                 batch_size=math.prod(site.batch_shape),
             )
-            for site, score_fn, (grid, levels), pilot in zip(sites, scores, shared.grids, shared.pilots, strict=True)
+            for site, score_fn, (grid, levels), pilot in zip(
+                sites, scores, shared.grids, shared.pilots, strict=True
+            )
         )
 
     def _terms(self, sites: tuple[DiffusionSite, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The likelihood of a flat vector, split for the twist."""
-        likelihood = Likelihood(conditioned(self._model), args, kwargs, gaussian=self._twist is None or self._twist.gaussian)
+        likelihood = Likelihood(
+            conditioned(self._model), args, kwargs, gaussian=self._twist is None or self._twist.gaussian
+        )
 
         return lambda x: likelihood.terms(_unflatten(sites, x))
 
     def _posterior(
-        self, sites: tuple[DiffusionSite, ...], shared: Shared, log_beta: Array, rebuild: Any, args: Any, kwargs: Any
+        self,
+        sites: tuple[DiffusionSite, ...],
+        shared: Shared,
+        log_beta: Array,
+        rebuild: Any,
+        args: Any,
+        kwargs: Any,
     ) -> Posterior:
         laws = self._laws(sites, rebuild(shared.score_arrays.arrays), shared)
         terms = self._terms(sites, args, kwargs)
@@ -359,8 +395,8 @@ class RTKParticleGibbs(MCMCKernel):
         Args:
             rng_key: One key, or one per vectorized chain.
             num_warmup: Length of the warmup.
-            init_params: `None`, or `{site: value}` to start from, with a chain axis if keys are batched. Ignored in a composite,
-                which hands in prior draws.
+            init_params: `None`, or `{site: value}` to start from, with a chain axis if keys are batched.
+                Ignored in a composite, which hands in prior draws.
             model_args: Arguments of the model.
             model_kwargs: Keyword arguments of the model.
         """
@@ -381,20 +417,38 @@ class RTKParticleGibbs(MCMCKernel):
         # A fixed key: what is measured is a property of the prior.
         draws, grids, pilots = jax.jit(functools.partial(self._measure, sites, rebuild, dtype))(arrays.arrays)
         flat_draws = _flatten_draws(sites, draws)
-        num_observations = jax.eval_shape(terms, jax.ShapeDtypeStruct(flat_draws.shape[1:], dtype)).whitened.shape[0]
+        num_observations = jax.eval_shape(
+            terms, jax.ShapeDtypeStruct(flat_draws.shape[1:], dtype)
+        ).whitened.shape[0]
         if self._twist is not None and self._twist.gaussian and num_observations == 0:
             raise ValueError(
-                "`twist=GaussianTwist()` needs Gaussian observations (`Normal` or `MultivariateNormal` sites), and the model has "
+                "`twist=GaussianTwist()` needs Gaussian observations (`Normal` or `MultivariateNormal` "
+                "sites), and the model has "
                 "none. Leave `twist` out, or use `TemperedTwist()`."
             )
         _check_likelihood(jax.jit(jax.vmap(terms))(flat_draws))
         # Only covariances that are formed need all residuals.
-        kept = MAX_RESIDUALS if num_observations > MAX_EXACT_OBSERVATIONS else self._num_pilot_draws if num_observations else 0
+        kept = (
+            MAX_RESIDUALS
+            if num_observations > MAX_EXACT_OBSERVATIONS
+            else self._num_pilot_draws
+            if num_observations
+            else 0
+        )
         pilots = tuple(pilot._replace(residuals=pilot.residuals[:, :kept]) for pilot in pilots)
-        shared = Shared(arrays, grids, pilots, jnp.mean(flat_draws, axis=0), jnp.zeros((), int), jnp.asarray(num_warmup, int))
+        shared = Shared(
+            arrays,
+            grids,
+            pilots,
+            jnp.mean(flat_draws, axis=0),
+            jnp.zeros((), int),
+            jnp.asarray(num_warmup, int),
+        )
 
         def start(key: Any, value: Any, shared: Shared) -> ParticleGibbsState:
-            return self._start(key, value, shared, sites, rebuild, num_levels, num_warmup, model_args, kwargs, dtype)
+            return self._start(
+                key, value, shared, sites, rebuild, num_levels, num_warmup, model_args, kwargs, dtype
+            )
 
         run = jax.jit(jax.vmap(start, in_axes=(0, 0, None)) if batched else start)
         state = run(rng_key, values, shared)._replace(shared=shared)
@@ -404,8 +458,10 @@ class RTKParticleGibbs(MCMCKernel):
     def _check_others(self, found: ModelSites) -> None:
         if found.others:
             raise ValueError(
-                f"`RTKParticleGibbs` samples diffusion sites only, and the model has other latent sites: {list(found.others)}. "
-                "Use `RTKGibbs(NUTS(model))` to sample them too, or `numpyro.handlers.condition` to fix them. "
+                f"`RTKParticleGibbs` samples diffusion sites only, and the model has other latent sites: "
+                f"{list(found.others)}. "
+                "Use `RTKGibbs(NUTS(model))` to sample them too, or `numpyro.handlers.condition` to fix "
+                "them. "
                 "Observed sites are among them if their data are `None`."
             )
 
@@ -413,7 +469,8 @@ class RTKParticleGibbs(MCMCKernel):
         sizes = {site.name: self._times(site).size for site in sites}
         if len(set(sizes.values())) > 1:
             raise ValueError(
-                f"`segments` gives the diffusion sites different numbers of levels: {sizes}. Give a number that all "
+                f"`segments` gives the diffusion sites different numbers of levels: {sizes}. Give a number "
+                f"that all "
                 "schedules allow."
             )
         for site in sites:
@@ -422,7 +479,12 @@ class RTKParticleGibbs(MCMCKernel):
             check_inner(self._inner_for(sites), prior.score_fn, sizes[site.name] - 1)
             check_score_shape(prior.score_fn, x, t, (), {})
             check_first_call(
-                prior.score_fn, segment_grid(prior.schedule, self._times(site), dtype), prior.event_shape, dtype, (), {}
+                prior.score_fn,
+                segment_grid(prior.schedule, self._times(site), dtype),
+                prior.event_shape,
+                dtype,
+                (),
+                {},
             )
 
     def _measure(self, sites: tuple[DiffusionSite, ...], rebuild: Any, dtype: Any, arrays: Any) -> Any:
@@ -431,10 +493,13 @@ class RTKParticleGibbs(MCMCKernel):
         for site, score_fn in zip(sites, rebuild(arrays), strict=True):
             draw_key, pilot_key, probe_key = jr.split(jr.key(0), 3)
             schedule, times = site.prior.schedule, self._times(site)
-            draws = prior_draws(draw_key, score_fn, schedule, site.prior.event_shape, dtype, self._num_pilot_draws)
+            draws = prior_draws(
+                draw_key, score_fn, schedule, site.prior.event_shape, dtype, self._num_pilot_draws
+            )
             draws = jnp.where(jnp.isfinite(draws), draws, 0.0)
             candidates = candidate_levels(schedule, times.size - 1, dtype)
-            # A grid that was given is kept; so is one of all there is between the levels of a coarse precision.
+            # A grid that was given is kept; so is one of all there is between the levels of a coarse
+            # precision.
             if np.ndim(self._segments) == 0 and candidates.t.size >= times.size:
                 difficulty = transition_difficulty(probe_key, score_fn, candidates, draws)
                 grid, levels = chosen_grid(candidates, place_levels(difficulty, times.size - 1))
@@ -466,7 +531,10 @@ class RTKParticleGibbs(MCMCKernel):
         step_size = jnp.stack(
             [
                 rule_step_size(
-                    posterior.inner, law.grid, jnp.mean(law.pilot.curvature.reshape(num_levels, -1)[1:], -1), law.event_size
+                    posterior.inner,
+                    law.grid,
+                    jnp.mean(law.pilot.curvature.reshape(num_levels, -1)[1:], -1),
+                    law.event_size,
                 )
                 for law in posterior.sites
             ],
@@ -474,7 +542,11 @@ class RTKParticleGibbs(MCMCKernel):
         )
         step_size = jnp.minimum(step_size, getattr(posterior.inner, "max_step_size", jnp.inf))
         guided = jnp.full(num_levels - 1, 0.5 * max_step_size(posterior) * posterior.dim ** (-1 / 3), dtype)
-        options = (self._num_particles, max(self._num_start_steps, self._num_guided_steps), self._target_accept_prob)
+        options = (
+            self._num_particles,
+            max(self._num_start_steps, self._num_guided_steps),
+            self._target_accept_prob,
+        )
 
         def sweep(carry: Any, inputs: Any) -> Any:
             (log_beta, guided), (key, adapt) = carry, inputs
@@ -527,7 +599,9 @@ class RTKParticleGibbs(MCMCKernel):
             rng_key=next_key,
         )
 
-    def _check_start(self, state: ParticleGibbsState, sites: tuple[DiffusionSite, ...], terms: Any, batched: bool) -> None:
+    def _check_start(
+        self, state: ParticleGibbsState, sites: tuple[DiffusionSite, ...], terms: Any, batched: bool
+    ) -> None:
         values = [state.z[site.name] for site in sites]
         if any(isinstance(value, Tracer) for value in values):
             return
@@ -536,7 +610,9 @@ class RTKParticleGibbs(MCMCKernel):
             split = terms(jnp.concatenate([jnp.ravel(value) for value in values]))
             return -0.5 * jnp.sum(split.whitened**2) + split.log_normalizer + split.other
 
-        result = np.atleast_1d(np.asarray(jax.jit(jax.vmap(log_likelihood) if batched else log_likelihood)(values)))
+        result = np.atleast_1d(
+            np.asarray(jax.jit(jax.vmap(log_likelihood) if batched else log_likelihood)(values))
+        )
         if not np.all(np.isfinite(result)):
             bad = [int(i) for i in np.flatnonzero(~np.isfinite(result))]
             raise ValueError(
@@ -558,13 +634,17 @@ class RTKParticleGibbs(MCMCKernel):
         shared = state.shared
         if own.fingerprint != shared.score_arrays.fingerprint:
             raise ValueError(
-                "The state comes from a kernel with other network weights, another inner kernel, other segments, other "
-                "refresh depths or another number of particles. Start a new `MCMC` (or call `warmup` again) instead of re-using "
+                "The state comes from a kernel with other network weights, another inner kernel, other "
+                "segments, other "
+                "refresh depths or another number of particles. Start a new `MCMC` (or call `warmup` again) "
+                "instead of re-using "
                 "`post_warmup_state`."
             )
 
         def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
-            posterior = self._posterior(sites, shared, state.adapt_state.log_beta, rebuild, model_args, kwargs)
+            posterior = self._posterior(
+                sites, shared, state.adapt_state.log_beta, rebuild, model_args, kwargs
+            )
             if not self._num_restarts or GIBBS_SITES_KWARG not in kwargs:
                 return self._step(state, shared, sites, posterior)
             # The iteration has no chain axis, so that this branches for vectorized chains, too.
@@ -582,12 +662,18 @@ class RTKParticleGibbs(MCMCKernel):
         return new._replace(shared=shared._replace(iteration=iteration))
 
     def _restarts_at(self, iteration: Array, num_warmup: Array) -> Array:
-        """Whether an iteration of the warmup draws the sites anew; never one after it, as a restart leaves no law invariant."""
+        """Whether an iteration of the warmup draws the sites anew; never one after it, as a restart leaves no
+        law invariant.
+        """
         is_due = (iteration & (iteration + 1)) == 0
         return is_due & (iteration < 2 ** min(self._num_restarts - 1, 30)) & (2 * iteration < num_warmup)
 
     def _step(
-        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior
+        self,
+        state: ParticleGibbsState,
+        shared: Shared,
+        sites: tuple[DiffusionSite, ...],
+        posterior: Posterior,
     ) -> ParticleGibbsState:
         """One iteration of one chain: a pure function of the state."""
         next_key, coin_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 5)
@@ -603,7 +689,14 @@ class RTKParticleGibbs(MCMCKernel):
         tuning = SweepTuning(adapt.step_size, adapt.guided_step_size)
         if self._sweep_prob > 0:
             new, info = conditional_sweep(
-                sweep_key, posterior, tuning, shared.reference, point, depth, self._num_particles, self._num_guided_steps
+                sweep_key,
+                posterior,
+                tuning,
+                shared.reference,
+                point,
+                depth,
+                self._num_particles,
+                self._num_guided_steps,
             )
         else:
             # Nothing to compile.
@@ -649,7 +742,11 @@ class RTKParticleGibbs(MCMCKernel):
         )
 
     def _restart(
-        self, state: ParticleGibbsState, shared: Shared, sites: tuple[DiffusionSite, ...], posterior: Posterior
+        self,
+        state: ParticleGibbsState,
+        shared: Shared,
+        sites: tuple[DiffusionSite, ...],
+        posterior: Posterior,
     ) -> ParticleGibbsState:
         """A warmup iteration that draws the sites anew given the other latents."""
         next_key, sweep_key = jr.split(state.rng_key)
@@ -676,8 +773,12 @@ class RTKParticleGibbs(MCMCKernel):
             changed=jnp.ones((), bool),
             depth=jnp.full_like(state.depth, posterior.num_levels),
             diverging=~usable,
-            num_score_evals=jnp.full_like(state.num_score_evals, evaluations * sum(law.batch_size for law in posterior.sites)),
-            adapt_state=adapt._replace(guided_step_size=info.guided_step_size, log_beta=info.log_beta, averaging=averaging),
+            num_score_evals=jnp.full_like(
+                state.num_score_evals, evaluations * sum(law.batch_size for law in posterior.sites)
+            ),
+            adapt_state=adapt._replace(
+                guided_step_size=info.guided_step_size, log_beta=info.log_beta, averaging=averaging
+            ),
             rng_key=next_key,
         )
 
@@ -707,7 +808,9 @@ class RTKParticleGibbs(MCMCKernel):
         def add_deterministic(z: dict[str, Array]) -> dict[str, Array]:
             replayed = handlers.substitute(handlers.seed(without_diffusion(model), jr.key(0)), data=z)
             trace = handlers.trace(replayed).get_trace(*model_args, **kwargs)
-            return z | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
+            return z | {
+                name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"
+            }
 
         return add_deterministic
 
@@ -739,7 +842,9 @@ def _flatten_draws(sites: tuple[DiffusionSite, ...], draws: list[Array]) -> Arra
     """Prior draws of all sites as flat vectors; elements of a batch take different draws."""
     columns = []
     for site, one in zip(sites, draws, strict=True):
-        columns += [jnp.roll(one, i, axis=0).reshape(one.shape[0], -1) for i in range(math.prod(site.batch_shape))]
+        columns += [
+            jnp.roll(one, i, axis=0).reshape(one.shape[0], -1) for i in range(math.prod(site.batch_shape))
+        ]
     return jnp.concatenate(columns, axis=1)
 
 
@@ -751,27 +856,36 @@ def _check_likelihood(terms: Any) -> None:
     total = np.asarray(total)
     if np.all(np.isnan(total)):
         raise ValueError(
-            "The log likelihood is NaN at every one of the prior draws tried. Check the observations and the parameters of their "
+            "The log likelihood is NaN at every one of the prior draws tried. Check the observations and the "
+            "parameters of their "
             "laws."
         )
     if not np.any(total > -np.inf):
         raise ValueError(
-            f"The log likelihood is -inf at all {total.size} prior draws tried: the data are impossible under the model there. "
-            "Check the supports of the observed sites, and transforms (a rate must be positive: `exp`, `softplus`)."
+            f"The log likelihood is -inf at all {total.size} prior draws tried: the data are impossible "
+            f"under the model there. "
+            "Check the supports of the observed sites, and transforms (a rate must be positive: `exp`, "
+            "`softplus`)."
         )
 
 
-def _read_init_params(init_params: Any, sites: tuple[DiffusionSite, ...], batched: bool, dtype: Any) -> dict[str, Array]:
+def _read_init_params(
+    init_params: Any, sites: tuple[DiffusionSite, ...], batched: bool, dtype: Any
+) -> dict[str, Array]:
     names = {site.name for site in sites}
     if not isinstance(init_params, dict) or set(init_params) != names:
         got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
-        raise ValueError(f"`init_params` must be a dict with the diffusion sites {sorted(names)} as keys, got {got}.")
+        raise ValueError(
+            f"`init_params` must be a dict with the diffusion sites {sorted(names)} as keys, got {got}."
+        )
     values = {}
     for site in sites:
         value = jnp.asarray(init_params[site.name], dtype)
         shape = value.shape[1:] if batched else value.shape
         if shape != site.shape:
-            raise ValueError(f"`init_params[{site.name!r}]` has shape {shape}, but the site has shape {site.shape}.")
+            raise ValueError(
+                f"`init_params[{site.name!r}]` has shape {shape}, but the site has shape {site.shape}."
+            )
         if not isinstance(value, Tracer) and not np.all(np.isfinite(np.asarray(value))):
             raise ValueError(f"`init_params[{site.name!r}]` contains NaN or infinity.")
         values[site.name] = value

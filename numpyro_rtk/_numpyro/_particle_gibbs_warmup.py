@@ -9,13 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.infer.hmc_util import dual_averaging
 
-from numpyro_rtk._local import AbstractLocalMove
-from numpyro_rtk._particle_gibbs import max_step_size, SweepInfo
-from numpyro_rtk._posterior import Posterior
+from numpyro_rtk._smc._conditional import max_step_size, SweepInfo
+from numpyro_rtk._smc._local import AbstractLocalMove
+from numpyro_rtk._smc._posterior import Posterior
 
 
 MIN_STEP_SIZE, MAX_LOCAL_STEP_SIZE = 1e-6, 1.5
-
 COLLAPSED = 2.0
 """An effective sample size below this is a collapse."""
 
@@ -84,14 +83,16 @@ def update_adaptation(
         inner_averaging, inner = jax.vmap(by_site)(state.averaging[0], info.accept_prob)
     local = given_step_size(local_move, local)
 
-    # Powers: levels that lose less of the effective sample size than the next one take more of the likelihood.
+    # Powers: levels that lose less of the effective sample size than the next one take more of the
+    # likelihood.
     visited = ~jnp.isnan(info.effective_sample_size)
     share = jnp.where(visited, info.effective_sample_size / num_particles, 0.0)
     gain = 1.0 / (1.0 + iteration.astype(dtype)) ** 0.6
     change = jnp.where(visited[:-1] & visited[1:], gain * (share[:-1] - share[1:]), 0.0)
     log_beta = jnp.append(jnp.minimum(state.log_beta[:-1] + change, 0.0), 0.0)
 
-    # Depths: by their squared jump, and a tenth of the sweeps spread over all, as rare moves between modes may be deep.
+    # Depths: by their squared jump, and a tenth of the sweeps spread over all, as rare moves between modes
+    # may be deep.
     count = state.depth_count.at[choice].add(jnp.where(swept, 1.0, 0.0))
     change = jnp.where(swept, (jump - state.depth_jump[choice]) / jnp.maximum(count[choice], 1.0), 0.0)
     mean_jump = state.depth_jump.at[choice].add(change)
@@ -120,7 +121,9 @@ def given_step_size(local: AbstractLocalMove | None, step_size: Array) -> Array:
     return step_size if given is None else jnp.asarray(given, step_size.dtype)
 
 
-def warn_at_end(state: ParticleGibbsAdaptState, times: Array, iteration: Array, num_warmup: Array, num_particles: int) -> None:
+def warn_at_end(
+    state: ParticleGibbsAdaptState, times: Array, iteration: Array, num_warmup: Array, num_particles: int
+) -> None:
     """Warn of collapsed levels when warmup ends; called once per program, fires once per run and chain."""
     num_warmup = jnp.max(num_warmup)
 
@@ -146,8 +149,10 @@ def warn_collapsed(collapsed: np.ndarray, visits: np.ndarray, times: np.ndarray,
         named = ", ".join(f"level {i} (t={times[i]:.3g}, {shares[i]:.0%})" for i in bad[:6])
         more = f" and {bad.size - 6} more" if bad.size > 6 else ""
         warnings.warn(
-            f"Particle weights collapsed: the effective sample size was below 2 of {num_particles} in most warmup sweeps at "
-            f"{named}{more}. Sweeps through these levels rarely move the draw. Use more `segments` or `num_particles`, or rely "
+            f"Particle weights collapsed: the effective sample size was below 2 of {num_particles} in most "
+            f"warmup sweeps at "
+            f"{named}{more}. Sweeps through these levels rarely move the draw. Use more `segments` or "
+            f"`num_particles`, or rely "
             "on local moves (`local=LocalHMC(...)`) where the data are informative in every coordinate.",
             UserWarning,
             stacklevel=2,

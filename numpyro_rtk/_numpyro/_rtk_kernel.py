@@ -12,21 +12,32 @@ from numpyro.infer.hmc_util import dual_averaging
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
-from numpyro_rtk._adaptation import adapt_init, adapt_update, AdaptState, DualAveraging
-from numpyro_rtk._checks import DEFAULT_SEGMENTS
-from numpyro_rtk._energy import AbstractEnergyDifference, Trapezoid
-from numpyro_rtk._hoist import hoist, HoistedArrays
-from numpyro_rtk._inner import AbstractInnerKernel, MALA, PreconditionedMALA, Start, ULD
-from numpyro_rtk._numpyro import _checks
-from numpyro_rtk._reverse import (
-    default_tuning,
-    num_score_evaluations,
-    reverse_pass,
-    segment_grid,
-    SegmentGrid,
-    terminal_sample,
+from numpyro_rtk._moves._line_integral import AbstractEnergyDifference, Trapezoid
+from numpyro_rtk._noising._base import AbstractNoiseSchedule
+from numpyro_rtk._noising._grid import segment_grid, SegmentGrid, terminal_sample
+from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
+from numpyro_rtk._noising._variance_preserving import OU
+from numpyro_rtk._numpyro._arguments import check_site, check_target_accept_prob, read_init_params
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_inner
+from numpyro_rtk._reverse._mala import MALA
+from numpyro_rtk._reverse._markov import Start
+from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
+from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
+from numpyro_rtk._reverse._uld import ULD
+from numpyro_rtk._score._checks import (
+    check_event_shape,
+    check_first_call,
+    check_score_fn,
+    check_score_shape,
+    resolve_schedule,
 )
-from numpyro_rtk._schedule import AbstractNoiseSchedule, OU
+from numpyro_rtk._score._hoist import hoist, HoistedArrays
+from numpyro_rtk._tuning._passes import (
+    adapt_init,
+    adapt_update,
+    AdaptState,
+    DualAveraging,
+)
 
 
 class RTKState(NamedTuple):
@@ -74,8 +85,8 @@ class RTKKernel(MCMCKernel):
     rejected and flagged.
 
     Args:
-        score_fn: `score_fn(x, t)`: one event, scalar time, returns the score in the shape of `x`. Arguments of
-            `MCMC.run(rng_key, *args, **kwargs)` are passed on: `score_fn(x, t, *args, **kwargs)`.
+        score_fn: `score_fn(x, t)`: one event, scalar time, returns the score in the shape of `x`. Arguments
+            of `MCMC.run(rng_key, *args, **kwargs)` are passed on: `score_fn(x, t, *args, **kwargs)`.
         event_shape: Shape of one event; may be left out if `init_params` is given to `MCMC.run`.
         schedule: The noising process. `None`: the schedule of `score_fn` if it has one (the adapters do),
             else `OU()`.
@@ -105,16 +116,16 @@ class RTKKernel(MCMCKernel):
         target_accept_prob: float = 0.7,
         site: str = "x",
     ) -> None:
-        _checks.check_score_fn(score_fn)
-        _checks.check_site(site)
-        _checks.check_target_accept_prob(target_accept_prob)
+        check_score_fn(score_fn)
+        check_site(site)
+        check_target_accept_prob(target_accept_prob)
         self._score_fn = score_fn
-        self._event_shape = _checks.check_event_shape(event_shape)
-        schedule = _checks.resolve_schedule(score_fn, schedule)
+        self._event_shape = check_event_shape(event_shape)
+        schedule = resolve_schedule(score_fn, schedule)
         self._schedule = OU() if schedule is None else schedule
-        self._times = _checks.resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
+        self._times = resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
         self._inner = PreconditionedMALA() if inner is None else inner
-        _checks.check_inner(self._inner, score_fn, self.num_segments)
+        check_inner(self._inner, score_fn, self.num_segments)
         self._target_accept_prob = float(target_accept_prob)
         self._site = site
 
@@ -202,7 +213,7 @@ class RTKKernel(MCMCKernel):
         """
         kwargs = {} if model_kwargs is None else model_kwargs
         batched = not is_prng_key(rng_key)
-        value = _checks.read_init_params(init_params, self._site, self._event_shape, batched)
+        value = read_init_params(init_params, self._site, self._event_shape, batched)
         if value is None:
             assert self._event_shape is not None
             shape, dtype = self._event_shape, jnp.result_type(float)
@@ -210,8 +221,8 @@ class RTKKernel(MCMCKernel):
             shape, dtype = value.shape[1:] if batched else value.shape, value.dtype
         grid = segment_grid(self._schedule, self._times, dtype)
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
-        _checks.check_score_shape(self._score_fn, x, t, model_args, kwargs)
-        _checks.check_first_call(self._score_fn, grid, shape, dtype, model_args, kwargs)
+        check_score_shape(self._score_fn, x, t, model_args, kwargs)
+        check_first_call(self._score_fn, grid, shape, dtype, model_args, kwargs)
         arrays, _ = self._hoist(x, t, model_args, kwargs)
 
         def init_chain(rng_key: Any, value: Any) -> RTKState:
@@ -240,7 +251,9 @@ class RTKKernel(MCMCKernel):
         settings = f"{type(self._inner).__name__} on {self._times.tolist()}"
         return HoistedArrays(found.arrays, f"{found.fingerprint} {settings}"), rebuild
 
-    def sample(self, state: RTKState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> RTKState:
+    def sample(
+        self, state: RTKState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> RTKState:
         """One reverse pass from fresh noise, for one chain or a batch of them."""
         kwargs = {} if model_kwargs is None else model_kwargs
         batched = not is_prng_key(state.rng_key)
@@ -251,8 +264,10 @@ class RTKKernel(MCMCKernel):
         arrays = state.score_arrays
         if arrays.fingerprint != own.fingerprint:
             raise ValueError(
-                "The state comes from a kernel with other network weights, another inner kernel or other segments "
-                "than this one, and draws would mix the two. Start a new `MCMC` (or call `warmup` again) instead of "
+                "The state comes from a kernel with other network weights, another inner kernel or other "
+                "segments "
+                "than this one, and draws would mix the two. Start a new `MCMC` (or call `warmup` again) "
+                "instead of "
                 "re-using `post_warmup_state`."
             )
         score_fn = _Bound(rebuild(arrays.arrays), model_args, kwargs)

@@ -19,18 +19,34 @@ from numpyro.infer.hmc import momentum_generator
 from numpyro.infer.hmc_util import HMCAdaptState, IntegratorState, warmup_adapter
 from numpyro.infer.initialization import init_to_sample, init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.infer.util import _transforms_from_trace, constrain_fn, initialize_model, potential_energy, transform_fn
+from numpyro.infer.util import (
+    _transforms_from_trace,
+    constrain_fn,
+    initialize_model,
+    potential_energy,
+    transform_fn,
+)
 from numpyro.util import is_prng_key
 
-from numpyro_rtk import _checks
 from numpyro_rtk._custom_types import Event, Scalar
-from numpyro_rtk._hoist import hoist, HoistedArrays
-from numpyro_rtk._levels import prior_draws
-from numpyro_rtk._numpyro._checks import check_target_accept_prob
-from numpyro_rtk._numpyro._model import DiffusionSite, inspect_model, latent_diffusion_sites, without_diffusion
+from numpyro_rtk._moves._leapfrog import (
+    Evaluate,
+    leapfrog,
+    Leaves,
+    Point,
+)
+from numpyro_rtk._noising._grid import segment_grid
+from numpyro_rtk._numpyro._arguments import check_target_accept_prob
+from numpyro_rtk._numpyro._sites import (
+    DiffusionSite,
+    inspect_model,
+    latent_diffusion_sites,
+    without_diffusion,
+)
 from numpyro_rtk._numpyro._start import annealed_start
-from numpyro_rtk._reverse import segment_grid
-from numpyro_rtk._trajectory import Evaluate, leapfrog, Leaves, Point
+from numpyro_rtk._reverse._pilot import prior_draws
+from numpyro_rtk._score._checks import check_first_call
+from numpyro_rtk._score._hoist import hoist, HoistedArrays
 
 
 START_DRAWS = 16
@@ -54,9 +70,13 @@ class ScoreHMCState(NamedTuple):
     i: Array
     """Iteration, warmup included."""
     relative_potential_energy: Float[Array, ""]
-    """Potential energy relative to the chain's start: the sum over accepted moves. Not comparable between chains."""
+    """Potential energy relative to the chain's start: the sum over accepted moves. Not comparable between
+    chains.
+    """
     energy: Float[Array, ""]
-    """The same plus the kinetic energy, at the end of the trajectory or, where it was rejected, at its start."""
+    """The same plus the kinetic energy, at the end of the trajectory or, where it was rejected, at its
+    start.
+    """
     num_steps: Array
     """Leapfrog steps of the last trajectory."""
     accept_prob: Float[Array, ""]
@@ -93,59 +113,65 @@ class ScoreHMCState(NamedTuple):
 class ScoreHMC(MCMCKernel):
     r"""Hamiltonian Monte Carlo over all continuous latents of a model with diffusion sites, jointly.
 
-    It works in NumPyro's unconstrained space. The density of a `DiffusionPrior` site is not evaluated: its share of the
-    energy error is the line integral of its score (at the last time of the prior's grid) along the leapfrog
-    path, which has visited those scores anyway. The rest of the model enters by its exact potential. Where a site and a
-    parameter are strongly correlated, this mixes well where blocked updates crawl.
+    It works in NumPyro's unconstrained space. The density of a `DiffusionPrior` site is not evaluated: its
+    share of the energy error is the line integral of its score (at the last time of the prior's grid) along
+    the leapfrog path, which has visited those scores anyway. The rest of the model enters by its exact
+    potential. Where a site and a parameter are strongly correlated, this mixes well where blocked updates
+    crawl.
 
-    *Law.* The posterior of the model up to the error of the line integral, which is of fourth order in the step size; no
-    error for priors that are Gaussian, and none for those whose `score_fn` has a method `energy`, which is then used.
-    Measured on skewed, quartic and bimodal laws in 10 dimensions from scores alone: means and variances within 0.4 % at
-    an acceptance of 0.96, 1 % at 0.92 and 2 % at 0.8, hence the high default of `target_accept_prob`
-    (`tests/test_trajectory.py`; the plain trapezoid rule is ten times worse, as bad as no accept step).
-    Trajectories whose steps are too coarse for the line integral are rejected and set `unresolved`, which
-    warmup counts as acceptance 0; many of them after the warmup call for a higher `target_accept_prob`.
-    It moves within modes and between close ones; for modes far apart use
+    *Law.* The posterior of the model up to the error of the line integral, which is of fourth order in the
+    step size; no error for priors that are Gaussian, and none for those whose `score_fn` has a method
+    `energy`, which is then used. Measured on skewed, quartic and bimodal laws in 10 dimensions from scores
+    alone: means and variances within 0.4 % at an acceptance of 0.96, 1 % at 0.92 and 2 % at 0.8, hence the
+    high default of `target_accept_prob` (`tests/moves/test_leapfrog.py`; the plain trapezoid rule is ten times
+    worse, as bad as no accept step). Trajectories whose steps are too coarse for the line integral are
+    rejected and set `unresolved`, which warmup counts as acceptance 0; many of them after the warmup call for
+    a higher `target_accept_prob`. It moves within modes and between close ones; for modes far apart use
     `RTKParticleGibbs`, or `RTKGibbs`.
 
-    *Cost.* One score evaluation per leapfrog step and event of each diffusion site, in `state.num_score_evals`. The end of
-    a trajectory is the start of the next. Chains that are vectorized wait for the longest trajectory among them.
-    `init` makes `16 * 40 + 16` evaluations per site for the initial mass matrix, two to check the score, and those of
-    the annealed start (`RTKParticleGibbs` with 2 particles: two unconditional sweeps, 24 levels of 8 guided steps, three
-    times over where there are other latents).
+    *Cost.* One score evaluation per leapfrog step and event of each diffusion site, in
+    `state.num_score_evals`. The end of a trajectory is the start of the next. Chains that are vectorized wait
+    for the longest trajectory among them. `init` makes `16 * 40 + 16` evaluations per site for the initial
+    mass matrix, two to check the score, and those of the annealed start (`RTKParticleGibbs` with 2 particles:
+    two unconditional sweeps, 24 levels of 8 guided steps, three times over where there are other latents).
 
     *Warmup* is that of NumPyro's `HMC` (`warmup_adapter`: the same windows, dual averaging and
-    regularisation). The mass matrix of diffusion sites starts from `E[score^2]` of prior draws. Each trajectory's length is
-    `trajectory_length` times a uniform factor from 0.5 to 1.5, so that no direction can come back to its start for ever.
+    regularisation). The mass matrix of diffusion sites starts from `E[score^2]` of prior draws. Each
+    trajectory's length is `trajectory_length` times a uniform factor from 0.5 to 1.5, so that no direction
+    can come back to its start for ever.
 
-    *Statistics.* `energy` has the differences between iterations that ArviZ's BFMI needs, but no absolute zero: there is no
-    `potential_energy`, as ArviZ would take it for a log density. Errors of the line integral add up in
-    `energy` over a chain like a random walk, so that a long chain of a strongly non-Gaussian prior without an
-    energy shows a BFMI that is too small.
+    *Statistics.* `energy` has the differences between iterations that ArviZ's BFMI needs, but no absolute
+    zero: there is no `potential_energy`, as ArviZ would take it for a log density. Errors of the line
+    integral add up in `energy` over a chain like a random walk, so that a long chain of a strongly
+    non-Gaussian prior without an energy shows a BFMI that is too small.
 
     Args:
         model: A NumPyro model with at least one latent `DiffusionPrior`. All its latents must be continuous.
         step_size: Step size, or where its adaptation starts.
-        trajectory_length: Mean length of a trajectory, in coordinates that have about unit scale after the warmup. The
-            default measured best, or nearly, in effective draws per score evaluation on a Gaussian, an ill-conditioned
-            rotated Gaussian and a mixture; longer ones pay where the mass matrix cannot undo the correlation.
+        trajectory_length: Mean length of a trajectory, in coordinates that have about unit scale after the
+            warmup. The default measured best, or nearly, in effective draws per score evaluation on a
+            Gaussian, an ill-conditioned rotated Gaussian and a mixture; longer ones pay where the mass matrix
+            cannot undo the correlation.
         adapt_step_size: Whether warmup adapts the step size.
         adapt_mass_matrix: Whether warmup adapts the mass matrix.
-        dense_mass: Whether the mass matrix is dense, or a list of tuples of site names with a dense block each.
+        dense_mass: Whether the mass matrix is dense, or a list of tuples of site names with a dense block
+            each.
         target_accept_prob: Acceptance probability that warmup aims at.
         inverse_mass_matrix: Initial inverse mass matrix in NumPyro's convention, an array over all
             sites in alphabetical order or a dict of blocks. `None`: from prior draws.
         max_num_steps: Most leapfrog steps of a trajectory; longer ones are cut.
-        init_strategy: Where the latents that are no diffusion sites start, as in NumPyro. Diffusion sites start
-            annealed through the noise levels given the others, which are then fitted to them, three times over; or where
-            `init_params` says (unconstrained values, any of the latents).
+        init_strategy: Where the latents that are no diffusion sites start, as in NumPyro. Diffusion sites
+            start annealed through the noise levels given the others, which are then fitted to them, three
+            times over; or where `init_params` says (unconstrained values, any of the latents).
 
     Raises:
-        TypeError, ValueError: for arguments that cannot work; at `init`, before compiling, for models that it cannot
+        TypeError, ValueError: for arguments that cannot work; at `init`, before compiling, for models that it
+        cannot
             sample: see `RTKParticleGibbs`, and besides for discrete latents.
 
     References:
-        Neal (2011), *MCMC using Hamiltonian dynamics*. The energy error is described in `numpyro_rtk._trajectory`.
+        Neal (2011), *MCMC using Hamiltonian dynamics*. The energy error is described in
+        `numpyro_rtk._moves._leapfrog`.
     """
 
     def __init__(
@@ -165,9 +191,18 @@ class ScoreHMC(MCMCKernel):
         if not callable(model):
             raise TypeError(f"`model` must be a NumPyro model, a function, got {type(model).__name__}.")
         check_target_accept_prob(target_accept_prob)
-        if not (isinstance(dense_mass, bool) or (isinstance(dense_mass, list) and all(isinstance(b, tuple) for b in dense_mass))):
-            raise TypeError(f"`dense_mass` must be True, False or a list of tuples of site names, got {dense_mass!r}.")
-        if isinstance(max_num_steps, bool) or not isinstance(max_num_steps, int | np.integer) or max_num_steps < 1:
+        if not (
+            isinstance(dense_mass, bool)
+            or (isinstance(dense_mass, list) and all(isinstance(b, tuple) for b in dense_mass))
+        ):
+            raise TypeError(
+                f"`dense_mass` must be True, False or a list of tuples of site names, got {dense_mass!r}."
+            )
+        if (
+            isinstance(max_num_steps, bool)
+            or not isinstance(max_num_steps, int | np.integer)
+            or max_num_steps < 1
+        ):
             raise ValueError(f"`max_num_steps` must be an integer of at least 1, got {max_num_steps!r}.")
         self._model = model
         self._step_size = _positive("step_size", step_size)
@@ -221,8 +256,9 @@ class ScoreHMC(MCMCKernel):
         Args:
             rng_key: One key, or one per vectorized chain.
             num_warmup: Length of the warmup.
-            init_params: `None`, or unconstrained values of some or all latents, with a chain axis if keys are batched. As a
-                block of `numpyro.infer.Gibbs`, which hands over constrained values, it reads them as such.
+            init_params: `None`, or unconstrained values of some or all latents, with a chain axis if keys are
+                batched. As a block of `numpyro.infer.Gibbs`, which hands over constrained values, it reads
+                them as such.
             model_args: Arguments of the model.
             model_kwargs: Keyword arguments of the model.
         """
@@ -231,19 +267,24 @@ class ScoreHMC(MCMCKernel):
         one_key = rng_key[0] if batched else rng_key
         sites = inspect_model("ScoreHMC", self._model, one_key, model_args, kwargs).diffusion
         seeded = handlers.seed(without_diffusion(self._model), jr.key(0))
-        trace = handlers.trace(handlers.substitute(seeded, substitute_fn=init_to_sample)).get_trace(*model_args, **kwargs)
+        trace = handlers.trace(handlers.substitute(seeded, substitute_fn=init_to_sample)).get_trace(
+            *model_args, **kwargs
+        )
         _refuse_discrete(trace)
         transforms = _transforms_from_trace(trace, raise_warnings=False)
         if kwargs.get(GIBBS_SITES_KWARG) and transforms.dynamic_support:
             raise ValueError(
-                "`ScoreHMC` as a block of a composite kernel needs latents whose support does not depend on other sites. Sample "
+                "`ScoreHMC` as a block of a composite kernel needs latents whose support does not depend on "
+                "other sites. Sample "
                 "such sites on a fixed support and transform them with `numpyro.deterministic`."
             )
-        given = _read_init_params(init_params, trace, transforms.inv_transforms, batched, bool(kwargs.get(GIBBS_SITES_KWARG)))
+        given = _read_init_params(
+            init_params, trace, transforms.inv_transforms, batched, bool(kwargs.get(GIBBS_SITES_KWARG))
+        )
         dtype = jnp.result_type(float)
         for site in sites:
             score_fn, shape = site.prior.score_fn, site.prior.event_shape
-            _checks.check_first_call(score_fn, _grid(site, dtype), shape, dtype, (), {})
+            check_first_call(score_fn, _grid(site, dtype), shape, dtype, (), {})
         arrays, rebuild = _hoist(sites)
         evaluate = self._evaluate(sites, rebuild(arrays.arrays), model_args, kwargs)
         model_key, start_key, chain_key = _split(rng_key, 3)
@@ -262,15 +303,24 @@ class ScoreHMC(MCMCKernel):
             rest = functools.partial(potential_energy, without_diffusion(self._model), model_args, kwargs)
             z |= annealed_start(start_key, self._model, others, constrain, rest, model_args, kwargs)
             z |= given
-        scales = {} if self._inverse_mass_matrix is not None else _prior_scales(sites, arrays.arrays, rebuild, dtype)
-        inverse_mass = self._initial_mass({name: value[0] if batched else value for name, value in z.items()}, scales, dtype)
+        scales = (
+            {}
+            if self._inverse_mass_matrix is not None
+            else _prior_scales(sites, arrays.arrays, rebuild, dtype)
+        )
+        inverse_mass = self._initial_mass(
+            {name: value[0] if batched else value for name, value in z.items()}, scales, dtype
+        )
 
         def init_chain(rng_key: Any, z: Leaves) -> ScoreHMCState:
             next_key, adapt_key = jr.split(rng_key)
             point = evaluate(z)
             wa_init, _ = self._adapter(z, num_warmup)
             adapt_state = wa_init(
-                IntegratorState(z=z), adapt_key, jnp.asarray(self._step_size, dtype), inverse_mass_matrix=dict(inverse_mass)
+                IntegratorState(z=z),
+                adapt_key,
+                jnp.asarray(self._step_size, dtype),
+                inverse_mass_matrix=dict(inverse_mass),
             )
             zero, count = jnp.zeros((), dtype), jnp.zeros((), int)
             return ScoreHMCState(
@@ -297,7 +347,9 @@ class ScoreHMC(MCMCKernel):
         _check_start(state.point)
         return state._replace(score_arrays=arrays)
 
-    def sample(self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> ScoreHMCState:
+    def sample(
+        self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ScoreHMCState:
         """One trajectory, accepted or rejected, for one chain or a batch of them."""
         batched = not is_prng_key(state.rng_key)
         arrays = state.score_arrays
@@ -307,16 +359,25 @@ class ScoreHMC(MCMCKernel):
         new = jax.vmap(step)(chain) if batched else step(chain)
         return new._replace(score_arrays=arrays)
 
-    def refresh(self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> ScoreHMCState:
-        """Evaluate the exact part of the potential for other arguments; no score evaluation but where priors have energies."""
+    def refresh(
+        self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ScoreHMCState:
+        """Evaluate the exact part of the potential for other arguments; no score evaluation but where priors
+        have energies.
+        """
         return self._at(state, {}, model_args, model_kwargs)
 
     def moved(
-        self, state: ScoreHMCState, z: Leaves, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+        self,
+        state: ScoreHMCState,
+        z: Leaves,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
     ) -> ScoreHMCState:
         """The state after another kernel moved some of the latents: one score evaluation per diffusion event.
 
-        `relative_potential_energy` and `energy` do not know what the diffusion priors without an energy contribute to that move.
+        `relative_potential_energy` and `energy` do not know what the diffusion priors without an energy
+        contribute to that move.
 
         Args:
             state: The state.
@@ -327,9 +388,15 @@ class ScoreHMC(MCMCKernel):
         return self._at(state, z, model_args, model_kwargs)
 
     def _at(
-        self, state: ScoreHMCState, moved: Leaves, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+        self,
+        state: ScoreHMCState,
+        moved: Leaves,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
     ) -> ScoreHMCState:
-        """The state where some latents have other values, or for other arguments; scores are evaluated where they moved."""
+        """The state where some latents have other values, or for other arguments; scores are evaluated where
+        they moved.
+        """
         arrays = state.score_arrays
         evaluate, _ = self._evaluate_with(arrays, model_args, model_kwargs)
 
@@ -354,20 +421,34 @@ class ScoreHMC(MCMCKernel):
         kernel._model = wrapper(self._model)
         return kernel
 
-    def postprocess_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Callable[[Leaves], Leaves]:
+    def postprocess_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[[Leaves], Leaves]:
         """Constrains values and adds the deterministic sites."""
         return self.get_constrain_fn(model_args, model_kwargs, return_deterministic=True)
 
     def get_constrain_fn(
-        self, model_args: tuple[Any, ...] = (), model_kwargs: dict[str, Any] | None = None, *, return_deterministic: bool = False
+        self,
+        model_args: tuple[Any, ...] = (),
+        model_kwargs: dict[str, Any] | None = None,
+        *,
+        return_deterministic: bool = False,
     ) -> Callable[[Leaves], Leaves]:
-        """A function from unconstrained to constrained values, which replays the model without evaluating a network."""
+        """A function from unconstrained to constrained values, which replays the model without evaluating a
+        network.
+        """
         kwargs = {} if model_kwargs is None else model_kwargs
         seeded = handlers.seed(without_diffusion(self._model), jr.key(0))
-        return functools.partial(constrain_fn, seeded, model_args, kwargs, return_deterministic=return_deterministic)
+        return functools.partial(
+            constrain_fn, seeded, model_args, kwargs, return_deterministic=return_deterministic
+        )
 
     def _evaluate(
-        self, sites: tuple[DiffusionSite, ...], score_fns: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        sites: tuple[DiffusionSite, ...],
+        score_fns: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Callable[..., Point]:
         seeded = handlers.seed(without_diffusion(self._model), jr.key(0))
 
@@ -404,7 +485,8 @@ class ScoreHMC(MCMCKernel):
             arrays = own  # a network among the model's arguments
         elif "traced" not in arrays.fingerprint and arrays.fingerprint != own.fingerprint:
             raise ValueError(
-                "The state comes from a model with other networks or other sites than this kernel's. Start a new `MCMC` (or call "
+                "The state comes from a model with other networks or other sites than this kernel's. Start a "
+                "new `MCMC` (or call "
                 "`warmup` again) instead of re-using `post_warmup_state`."
             )
         num_events = sum(math.prod(site.batch_shape) for site in sites)
@@ -429,10 +511,15 @@ class ScoreHMC(MCMCKernel):
         dense = self._dense_blocks(z)
         names = [name for block in dense for name in block]
         if len(set(names)) != len(names) or not set(names) <= set(z):
-            raise ValueError(f"`dense_mass={self._dense_mass}` must name every site at most once; the latents are {sorted(z)}.")
+            raise ValueError(
+                f"`dense_mass={self._dense_mass}` must name every site at most once; the latents are "
+                f"{sorted(z)}."
+            )
         if self._inverse_mass_matrix is not None:
             return _given_mass(self._inverse_mass_matrix, z, dense, dtype)
-        inverse = {name: jnp.ravel(scales.get(name, jnp.ones_like(value, dtype))) for name, value in z.items()}
+        inverse = {
+            name: jnp.ravel(scales.get(name, jnp.ones_like(value, dtype))) for name, value in z.items()
+        }
         remaining = tuple(sorted(set(z) - set(names)))
         blocks = [*dense, remaining] if remaining else dense
         return {block: jnp.concatenate([inverse[name] for name in block]) for block in blocks}
@@ -458,7 +545,9 @@ class ScoreHMC(MCMCKernel):
         _, wa_update = self._adapter(state.z, num_warmup)
         adapt_state = jax.lax.cond(
             in_warmup,
-            lambda adapt_state: wa_update(state.i, accept_prob, IntegratorState(z=point.position), adapt_state),
+            lambda adapt_state: wa_update(
+                state.i, accept_prob, IntegratorState(z=point.position), adapt_state
+            ),
             lambda adapt_state: adapt_state,
             adapt_state,
         )
@@ -500,8 +589,10 @@ def _refuse_discrete(trace: dict[str, Any]) -> None:
     for name, site in trace.items():
         if site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete:
             raise ValueError(
-                f"`ScoreHMC` moves continuous latents only, and site {name!r} is discrete. Sum it out by hand "
-                "(`dist.MixtureSameFamily`), or give it to another block: `numpyro.infer.Gibbs([(DiscreteGibbs(model), "
+                f"`ScoreHMC` moves continuous latents only, and site {name!r} is discrete. Sum it out by "
+                f"hand "
+                "(`dist.MixtureSameFamily`), or give it to another block: "
+                "`numpyro.infer.Gibbs([(DiscreteGibbs(model), "
                 f"[{name!r}]), (ScoreHMC(model), None)])`."
             )
 
@@ -513,10 +604,14 @@ def _read_init_params(
     if init_params is None:
         return {}
     if not isinstance(init_params, dict):
-        raise TypeError(f"`init_params` must be a dict of unconstrained values, got {type(init_params).__name__}.")
+        raise TypeError(
+            f"`init_params` must be a dict of unconstrained values, got {type(init_params).__name__}."
+        )
     latents = {name for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]}
     if not set(init_params) <= latents:
-        raise ValueError(f"`init_params` has {sorted(set(init_params) - latents)}, but the latents are {sorted(latents)}.")
+        raise ValueError(
+            f"`init_params` has {sorted(set(init_params) - latents)}, but the latents are {sorted(latents)}."
+        )
     values = {name: jnp.asarray(value, float) for name, value in init_params.items()}
     if constrained:
         values = transform_fn({name: inv_transforms[name] for name in values}, values, invert=True)
@@ -564,7 +659,9 @@ def _hoist(sites: tuple[DiffusionSite, ...]) -> tuple[HoistedArrays, Callable[[A
         own, rebuilds[site.name] = hoist(score_fn, x, t, (), {}, with_energy=_has_energy(site))
         found[site.name] = own.arrays
         fingerprint += f"{site.name} {site.shape} {own.fingerprint} at {site.prior.segment_times[-1]}; "
-    return HoistedArrays(found, fingerprint), lambda arrays: {name: rebuilds[name](arrays[name]) for name in rebuilds}
+    return HoistedArrays(found, fingerprint), lambda arrays: {
+        name: rebuilds[name](arrays[name]) for name in rebuilds
+    }
 
 
 def _over_batch(function: Callable[[Event], Any], site: DiffusionSite, x: Array) -> Any:
@@ -574,7 +671,9 @@ def _over_batch(function: Callable[[Event], Any], site: DiffusionSite, x: Array)
     return function(x)
 
 
-def _prior_scales(sites: tuple[DiffusionSite, ...], arrays: Any, rebuild: Callable[[Any], dict[str, Any]], dtype: Any) -> Leaves:
+def _prior_scales(
+    sites: tuple[DiffusionSite, ...], arrays: Any, rebuild: Callable[[Any], dict[str, Any]], dtype: Any
+) -> Leaves:
     """`1 / E score^2` by coordinate from prior draws with a fixed key, shapes of the sites."""
 
     @jax.jit
@@ -590,7 +689,9 @@ def _prior_scales(sites: tuple[DiffusionSite, ...], arrays: Any, rebuild: Callab
             squares = (1 - weight) * squares + weight * jnp.mean(squares)
             # Where a draw failed there is nothing to learn.
             scale = jnp.where(jnp.isfinite(squares) & (squares > 0), 1 / squares, 1.0)
-            values[site.name] = jnp.broadcast_to(scale.reshape((1,) * len(site.batch_shape) + scale.shape), site.shape)
+            values[site.name] = jnp.broadcast_to(
+                scale.reshape((1,) * len(site.batch_shape) + scale.shape), site.shape
+            )
         return values
 
     return scales(arrays)
@@ -601,16 +702,21 @@ def _given_mass(given: Any, z: Leaves, dense: list[tuple[str, ...]], dtype: Any)
     blocks = dict(given) if isinstance(given, dict) else {tuple(sorted(z)): given}
     names = [name for block in blocks for name in block]
     if len(set(names)) != len(names) or not set(names) <= set(z):
-        raise ValueError(f"`inverse_mass_matrix` has blocks {list(blocks)}; they must name latents, each once: {sorted(z)}.")
+        raise ValueError(
+            f"`inverse_mass_matrix` has blocks {list(blocks)}; they must name latents, each once: "
+            f"{sorted(z)}."
+        )
     if any(set(block) & set(other) and block != other for block in blocks for other in dense):
         raise ValueError(
-            f"Blocks of `inverse_mass_matrix`, {list(blocks)}, must be those of `dense_mass`, {dense}, or apart from them."
+            f"Blocks of `inverse_mass_matrix`, {list(blocks)}, must be those of `dense_mass`, {dense}, or "
+            f"apart from them."
         )
     for block, matrix in blocks.items():
         size = sum(z[name].size for name in block)
         if np.shape(matrix) not in ((size,), (size, size)):
             raise ValueError(
-                f"`inverse_mass_matrix` of {block} must have shape {(size,)} or {(size, size)}, got {np.shape(matrix)}."
+                f"`inverse_mass_matrix` of {block} must have shape {(size,)} or {(size, size)}, got "
+                f"{np.shape(matrix)}."
             )
     return {block: jnp.asarray(matrix, dtype) for block, matrix in blocks.items()}
 
@@ -622,8 +728,10 @@ def _check_start(point: Point) -> None:
             if isinstance(leaf, Tracer) or np.all(np.isfinite(np.asarray(leaf))):
                 continue
             raise ValueError(
-                f"`ScoreHMC` cannot start: {what} is not finite there. Diffusion sites start from a prior draw, so check that "
-                "the likelihood is finite for draws of the prior, or pass a start as `init_params` to `MCMC.run`."
+                f"`ScoreHMC` cannot start: {what} is not finite there. Diffusion sites start from a prior "
+                f"draw, so check that "
+                "the likelihood is finite for draws of the prior, or pass a start as `init_params` to "
+                "`MCMC.run`."
             )
 
 

@@ -1,4 +1,6 @@
-"""Where `ScoreHMC` starts: diffusion sites annealed through the noise levels, the other latents fitted to them."""
+"""Where `ScoreHMC` starts: diffusion sites annealed through the noise levels, the other latents fitted to
+them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,9 @@ from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 
 
 START_PARTICLES = 2
-"""Particles of the annealed start: guided moves do the work, and the better of a few is kept at each level."""
+"""Particles of the annealed start: guided moves do the work, and the better of a few is kept at each
+level.
+"""
 
 START_ROUNDS = 3
 """Rounds of annealing and fitting where there are other latents."""
@@ -33,8 +37,9 @@ def annealed_start(
 ) -> dict[str, Array]:
     """Unconstrained values of all latents.
 
-    The diffusion sites come from the unconditional sweeps that start `RTKParticleGibbs`, given the others; these
-    are then fitted to them by minimising the rest of the potential (BFGS, no score evaluation), and so on.
+    The diffusion sites come from the unconditional sweeps that start `RTKParticleGibbs`, given the others;
+    these are then fitted to them by minimising the rest of the potential (BFGS, no score evaluation), and so
+    on.
 
     Args:
         rng_key: One key, or one per chain.

@@ -1,0 +1,1 @@
+"""Accept step, line integrals and proposals that all kernels share."""

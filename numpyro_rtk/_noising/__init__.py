@@ -1,0 +1,1 @@
+"""Forward noising: processes, time grids, the noise grid."""

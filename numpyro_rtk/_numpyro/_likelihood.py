@@ -1,0 +1,95 @@
+"""Everything in a model besides the priors of its diffusion sites, as a function of those sites."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro import handlers
+
+from numpyro_rtk._custom_types import Event, Scalar
+from numpyro_rtk._numpyro._sites import _site_scale, without_diffusion
+from numpyro_rtk._smc._twist import Terms
+
+
+class Likelihood:
+    """Everything in a model besides the priors of its diffusion sites, as a function of those sites.
+
+    Args:
+        model: The model, with all other latents conditioned.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        gaussian: Whether `terms` keeps Gaussian observations apart.
+    """
+
+    def __init__(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, gaussian: bool = True
+    ) -> None:
+        self._model, self._args, self._kwargs = without_diffusion(model), args, kwargs
+        self._gaussian = gaussian
+
+    def _sites(self, x: dict[str, Event]) -> list[dict[str, Any]]:
+        model = handlers.substitute(handlers.seed(self._model, jr.key(0)), data=x)
+        trace = handlers.trace(model).get_trace(*self._args, **self._kwargs)
+        return [site for name, site in trace.items() if site["type"] == "sample" and name not in x]
+
+    def __call__(self, x: dict[str, Event]) -> Scalar:
+        """Log likelihood of one value of all diffusion sites (batch shapes included)."""
+        return sum((_log_prob(site) for site in self._sites(x)), start=jnp.zeros(()))
+
+    def terms(self, x: dict[str, Event]) -> Terms:
+        """The same, with Gaussian observations apart."""
+        residuals, log_normalizer, other = [], jnp.zeros(()), jnp.zeros(())
+        for site in self._sites(x):
+            split = _gaussian_terms(site) if self._gaussian else None
+            if split is None:
+                other += _log_prob(site)
+            else:
+                residuals.append(split[0])
+                log_normalizer += split[1]
+        return Terms(jnp.concatenate(residuals) if residuals else jnp.zeros(0), log_normalizer, other)
+
+
+def _log_prob(site: dict[str, Any]) -> Scalar:
+    log_prob = site["fn"].log_prob(site["value"], *filter(None, [site["intermediates"]]))
+    scale = _site_scale(site)
+    return jnp.sum(log_prob if scale is None else scale * log_prob)
+
+
+def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
+    """Whitened residuals and log normalizer of a Gaussian site, or `None` if it is not Gaussian."""
+    fn: Any = site["fn"]
+    if _site_scale(site) is not None or site["intermediates"]:
+        return None
+    # An observation may be smaller than its law, which then counts it once per element of the batch.
+    shape: Any = jnp.broadcast_shapes(jnp.shape(site["value"]), fn.shape())
+    value = jnp.broadcast_to(site["value"], shape)
+    mask: Any = True
+    wrappers: Any = dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution
+    while isinstance(fn, wrappers):
+        if isinstance(fn, dist.MaskedDistribution):
+            if fn.event_shape:  # the mask is over events
+                flag = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * len(fn.event_shape))
+            else:
+                flag = jnp.asarray(fn._mask)
+            mask = flag if mask is True else jnp.logical_and(*jnp.broadcast_arrays(mask, flag))
+        fn = fn.base_dist
+    shape = jnp.shape(value)
+    mask = jnp.broadcast_to(mask, shape)
+    loc: Any = getattr(fn, "loc", None)
+    if isinstance(fn, dist.Normal):
+        given_scale: Any = fn.scale
+        scale = jnp.broadcast_to(given_scale, shape)
+        whitened = (value - jnp.broadcast_to(loc, shape)) / scale
+        log_scale = jnp.log(scale) + 0.5 * jnp.log(2 * jnp.pi)
+    elif type(fn) is dist.MultivariateNormal:
+        given_tril: Any = fn.scale_tril
+        scale_tril = jnp.broadcast_to(given_tril, (*shape, shape[-1]))
+        residual = value - jnp.broadcast_to(loc, shape)
+        whitened = jax.scipy.linalg.solve_triangular(scale_tril, residual[..., None], lower=True)[..., 0]
+        log_scale = jnp.log(jnp.diagonal(scale_tril, axis1=-2, axis2=-1)) + 0.5 * jnp.log(2 * jnp.pi)
+    else:
+        return None
+    return jnp.ravel(jnp.where(mask, whitened, 0.0)), -jnp.sum(jnp.where(mask, log_scale, 0.0))

@@ -1,0 +1,1 @@
+"""`DiffusionPrior` and its densities."""

@@ -1,0 +1,348 @@
+"""`DiffusionPrior`: a diffusion model where any NumPyro distribution may stand."""
+
+import contextlib
+import math
+import weakref
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import numpyro.distributions as dist
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike
+from numpyro.distributions import constraints
+from numpyro.distributions.util import validate_sample
+from numpyro.util import is_prng_key
+
+from numpyro_rtk._custom_types import Event, RandomKey
+from numpyro_rtk._noising._base import AbstractNoiseSchedule
+from numpyro_rtk._noising._grid import noise_levels, segment_grid, SegmentGrid, terminal_sample
+from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
+from numpyro_rtk._noising._variance_preserving import OU
+from numpyro_rtk._prior._density import (
+    AbstractLogDensity,
+    EnergyDensity,
+    LineIntegral,
+    log_density_with_score,
+    NoiseRange,
+    ProbabilityFlow,
+)
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_inner
+from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
+from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
+from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
+from numpyro_rtk._score._checks import (
+    check_event_shape,
+    check_first_call,
+    check_score_fn,
+    check_score_shape,
+    resolve_schedule,
+)
+
+
+PILOT_DRAWS = 16
+"""Prior draws from which `sample` learns the curvatures of the segments."""
+
+
+class _Learnt:
+    """What the pilot learnt of a score, kept alive by the score callable."""
+
+    def __init__(self, score_fn: Any, curvature: Array, profile: Array) -> None:
+        self.curvature, self.profile = curvature, profile
+        weakref.finalize(score_fn, _nothing, self)
+
+
+_LEARNT: weakref.WeakValueDictionary[Any, _Learnt] = weakref.WeakValueDictionary()
+
+
+def _nothing(*args: Any) -> None:
+    del args
+
+
+def _default_density(score_fn: Any, event_shape: Any) -> AbstractLogDensity:
+    """The most exact density that the score allows; an estimated trace would mislead a sampler without a sign
+    of it.
+    """
+    if callable(getattr(score_fn, "energy", None)):
+        return EnergyDensity()
+    flow = ProbabilityFlow()
+    return flow if math.prod(event_shape) <= flow.max_exact_dim else LineIntegral()
+
+
+class DiffusionPrior(dist.Distribution):
+    r"""A diffusion model as a NumPyro distribution.
+
+    *Law.* `p_{t_min}`, the law of the data noised to `t_min`, the last time of the grid; under `OU()` that is
+    noise of sd 0.045. `sample` follows it up to the error of the inner kernel, which falls geometrically with
+    its `num_steps`, and `log_prob` up to that of `density`. The two agree as far as `score_fn` is a score.
+
+    *Shapes.* `batch_shape` is `()`, use `expand` or a plate for more; `event_shape` is that of one event,
+    `()` for scalars. The support is real, so that every initialisation strategy works.
+
+    *Drawing.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, 96 by default. The
+    first call of
+    `sample` learns the curvature of every segment from 16 draws of a second-order predictor, noised and
+    denoised: `16 (40 + num_segments + 1)` evaluations, 1,168 by default, 16 at a time, and two to check the
+    score. They have a fixed key, so that the tuning is a property of the prior. It is kept for the same
+    `score_fn` object, and is learnt while
+    tracing, not in the compiled program, unless `score_fn` depends on tracers. All draws of one call are made
+    together: in memory, too. A draw that met something non-finite is NaN.
+
+    *Density.* Its gradient is the score at `t_min`, one evaluation, in forward and reverse mode. The value is
+    `density`'s: the energy of the network if there is one, else the probability flow, or above 100 dimensions
+    a line integral of the score. What each costs is on its own page. The score may depend on other values (a
+    network's weights, arguments of the model), but not on something that the log density is differentiated
+    with respect to, such as another latent under NUTS: this is refused.
+
+    Args:
+        score_fn: `score_fn(x, t)`: one event, scalar time, returns the score in the shape of `x`.
+        event_shape: Shape of one event.
+        schedule: The noising process. `None`: the schedule of `score_fn` if it has one (the adapters do),
+            else `OU()`.
+        segments: Number of segments of a draw (placed by `segment_times`), or a decreasing time grid, whose
+            ends are the noise and the data also for `log_prob`. `None`: 32, or every step of a discrete
+            schedule that has fewer.
+        inner: The inner kernel of a draw; `None` is `PreconditionedMALA()`.
+        density: `EnergyDensity()`, `ProbabilityFlow()` or `LineIntegral()`; `None`: the first if `score_fn`
+            has a method `energy`, else the second where its trace is exact (up to 100 dimensions), else the
+            third.
+        validate_args: As in every NumPyro distribution.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot work, naming the argument, at construction. A score
+        that is NaN,
+            or does not look like one, is refused, or warned about, at the first draw (which NUTS makes when
+            it starts).
+
+    References:
+        Huang et al. (2024), arXiv 2405.16387. Song et al. (2021), arXiv 2011.13456, section 4.3 and appendix
+        D.2, for the density.
+    """
+
+    arg_constraints = {}  # noqa: RUF012 - as NumPyro's distributions have it
+
+    def __init__(
+        self,
+        score_fn: Any,
+        event_shape: tuple[int, ...],
+        schedule: AbstractNoiseSchedule | None = None,
+        *,
+        segments: Any = None,
+        inner: AbstractInnerKernel | None = None,
+        density: AbstractLogDensity | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        check_score_fn(score_fn)
+        shape = check_event_shape(event_shape)
+        if shape is None:
+            raise TypeError("`event_shape` must be the shape of one event, such as `(10,)`, got None.")
+        schedule = resolve_schedule(score_fn, schedule)
+        schedule = OU() if schedule is None else schedule
+        times = resolve_segments(schedule, segments, DEFAULT_SEGMENTS)
+        inner = PreconditionedMALA() if inner is None else inner
+        check_inner(inner, score_fn, times.size - 1)
+        if density is None:
+            density = _default_density(score_fn, shape)
+        if not isinstance(density, AbstractLogDensity):
+            hint = f" Did you mean `{density.__name__}()`?" if isinstance(density, type) else ""
+            raise TypeError(
+                f"`density` must be a log density such as `ProbabilityFlow()`, got {density!r}.{hint}"
+            )
+        dtype = jnp.result_type(float)
+        x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
+        check_score_shape(score_fn, x, t, (), {}, in_model=True)
+        density.check(score_fn, schedule, shape)
+        self._parts = (score_fn, schedule, inner, density)
+        self._times = tuple(times.tolist())
+        super().__init__((), shape, validate_args=validate_args)
+
+    def __repr__(self) -> str:
+        return (
+            f"DiffusionPrior(event_shape={self.event_shape}, schedule={self.schedule}, "
+            f"segments={len(self._times) - 1}, "
+            f"inner={self.inner}, density={self.density})"
+        )
+
+    @property
+    def score_fn(self) -> Any:
+        """The score callable."""
+        return self._parts[0]
+
+    @property
+    def schedule(self) -> AbstractNoiseSchedule:
+        """The noising process."""
+        return self._parts[1]
+
+    @property
+    def inner(self) -> AbstractInnerKernel:
+        """The inner kernel of a draw."""
+        return self._parts[2]
+
+    @property
+    def density(self) -> AbstractLogDensity:
+        """How `log_prob` is computed."""
+        return self._parts[3]
+
+    @property
+    def segment_times(self) -> np.ndarray:
+        """The time grid, shape `(num_segments + 1,)`, from noise to data."""
+        return np.asarray(self._times)
+
+    @property
+    def num_score_evals(self) -> int:
+        """Score evaluations per draw, without the pilot of each call of `sample`."""
+        return (len(self._times) - 1) * self.inner.evaluations_per_segment
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real arrays of the event's shape."""
+        return (
+            constraints.independent(constraints.real, self.event_dim) if self.event_dim else constraints.real
+        )
+
+    @property
+    def has_rsample(self) -> bool:
+        """`False`: draws are not differentiable."""
+        return False
+
+    # As a PyTree its leaves are the arrays of the score, the inner kernel and the density; NumPyro's fields
+    # would make leaves of functions, which `jit` refuses.
+    def tree_flatten(self) -> Any:
+        """Arrays, and all the rest."""
+        leaves, structure = jax.tree.flatten(self._parts)
+        is_array = [eqx.is_array(leaf) for leaf in leaves]
+        arrays = tuple(leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic)
+        static = tuple(None if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True))
+        rest = (
+            structure,
+            tuple(is_array),
+            static,
+            self._times,
+            self.batch_shape,
+            self.event_shape,
+            self._validate_args,
+        )
+        return arrays, rest
+
+    @classmethod
+    def tree_unflatten(cls, aux_data: Any, params: Any) -> "DiffusionPrior":
+        """The inverse of `tree_flatten`; checks nothing, as JAX also puts placeholders in."""
+        structure, is_array, static, times, batch_shape, event_shape, validate_args = aux_data
+        arrays = iter(params)
+        leaves = [next(arrays) if dynamic else leaf for dynamic, leaf in zip(is_array, static, strict=True)]
+        prior = cls.__new__(cls)
+        prior._parts = jax.tree.unflatten(structure, leaves)
+        prior._times = times
+        prior._batch_shape, prior._event_shape, prior._validate_args = batch_shape, event_shape, validate_args
+        return prior
+
+    def sample(self, key: RandomKey | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draw by reverse passes.
+
+        Args:
+            key: Random key, old or new style.
+            sample_shape: Shape of the batch of draws.
+
+        Returns:
+            Draws of shape `(*sample_shape, *event_shape)`, in the default float dtype; NaN where a pass
+            failed.
+        """
+        assert key is not None
+        assert is_prng_key(key)
+        dtype = jnp.result_type(float)
+        grid = segment_grid(self.schedule, self.segment_times, dtype)
+        tuning = self._tuning(grid, dtype)
+
+        def draw(key: RandomKey) -> Event:
+            noise_key, pass_key = jr.split(key)
+            noise = terminal_sample(noise_key, grid, self.event_shape, dtype)
+            result = reverse_pass(pass_key, self.score_fn, grid, self.inner, tuning, noise)
+            return jnp.where(result.failed, jnp.nan, result.x)
+
+        draws = jax.jit(jax.vmap(draw))(jr.split(key, math.prod(sample_shape)))
+        return draws.reshape(*sample_shape, *self.event_shape)
+
+    @validate_sample
+    def log_prob(self, value: ArrayLike) -> Array:
+        """Log density of `p_{t_min}`, as `density` computes it; its gradient is the score at `t_min`.
+
+        Args:
+            value: Shape `(*batch, *event_shape)`; any batch.
+
+        Returns:
+            Shape `batch`; NaN where the density could not be computed.
+        """
+        x = jnp.asarray(value)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(jnp.result_type(float))
+        num_batch = x.ndim - self.event_dim
+        if num_batch < 0 or x.shape[num_batch:] != self.event_shape:
+            raise ValueError(
+                f"`DiffusionPrior.log_prob` got a value of shape {x.shape} for events of shape "
+                f"{self.event_shape}."
+            )
+        if x.dtype != jnp.result_type(float):
+            event = jax.ShapeDtypeStruct(self.event_shape, x.dtype)
+            check_score_shape(self.score_fn, event, jax.ShapeDtypeStruct((), x.dtype), (), {}, in_model=True)
+        noise = NoiseRange(self.schedule, t_min=self._times[-1], t_max=self._times[0])
+
+        def log_density(x: Event) -> Array:
+            return log_density_with_score(self.density, self.score_fn, noise, x)
+
+        if num_batch == 0:
+            return log_density(x)
+        batch = x.shape[:num_batch]
+        return jax.vmap(log_density)(x.reshape(-1, *self.event_shape)).reshape(batch)
+
+    def _tuning(self, grid: SegmentGrid, dtype: Any) -> Tuning:
+        """What `RTKKernel` learns in warmup, from a pilot with a fixed key."""
+        curvature, profile = self._curvature(grid, dtype)
+        step_size = rule_step_size(self.inner, grid, curvature, math.prod(self.event_shape))
+        return Tuning(step_size, curvature, profile)
+
+    def _curvature(self, grid: SegmentGrid, dtype: Any) -> tuple[Array, Array]:
+        # NumPyro traces a model, and builds its distributions anew, many times. The same score object has the
+        # same curvature; should what it refers to have changed since, the tuning is less apt and the law the
+        # same.
+        key = (id(self.score_fn), str(self.schedule), self._times, self.event_shape, str(dtype))
+        known = _LEARNT.get(key)
+        if known is not None:
+            return known.curvature, known.profile
+        x, t = jnp.zeros(self.event_shape, dtype), jnp.zeros((), dtype)
+        consts = jax.make_jaxpr(self.score_fn)(x, t).consts
+        if any(isinstance(const, Tracer) for const in consts):
+            return self._pilot(grid, dtype)
+        with jax.ensure_compile_time_eval():
+            # Inside, so that nothing here belongs to a trace that is under way.
+            grid = segment_grid(self.schedule, self.segment_times, dtype)
+            check_first_call(self.score_fn, grid, self.event_shape, dtype, (), {})
+            curvature, profile = jax.jit(self._pilot, static_argnums=1)(grid, dtype)
+        if not isinstance(curvature, Tracer):
+            # A callable that cannot be referred to weakly is learnt from at each call.
+            with contextlib.suppress(TypeError):
+                _LEARNT[key] = _Learnt(self.score_fn, curvature, profile)
+        return curvature, profile
+
+    def _pilot(self, grid: SegmentGrid, dtype: Any) -> tuple[Array, Array]:
+        """Curvature of each segment, and its profile over coordinates, from draws of the second-order
+        predictor.
+        """
+        draw_key, noise_key = jr.split(jr.key(0))
+        draws = prior_draws(draw_key, self.score_fn, self.schedule, self.event_shape, dtype, PILOT_DRAWS)
+        # One failed pass of the pilot must not spoil every draw.
+        finite = jnp.all(jnp.isfinite(draws.reshape(PILOT_DRAWS, -1)), axis=1)
+        good = draws[jnp.argmax(finite)]
+        draws = jnp.where(finite.reshape(-1, *[1] * good.ndim), draws, good[None])
+        levels = noise_levels(self.schedule, self.segment_times, dtype)
+        curvature = run_pilot(noise_key, self.score_fn, levels, draws).curvature[1:]
+        # Where the network failed nothing is known but the bound.
+        bound = (1 / grid.sigma_s**2).reshape(-1, *[1] * good.ndim)
+        curvature = jnp.where(jnp.isfinite(curvature), curvature, bound)
+        mean = jnp.mean(curvature, axis=tuple(range(1, curvature.ndim)))
+        # Segments whose curvature is below its bound tell coordinates apart, as in the warmup of `RTKKernel`.
+        weights = 1 - mean * grid.sigma_s**2 + 1e-2
+        profile = jnp.tensordot(weights / jnp.sum(weights) * grid.sigma_s**2, curvature, axes=1)
+        return mean, profile

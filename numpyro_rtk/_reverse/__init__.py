@@ -1,0 +1,1 @@
+"""Reverse transitions: the target of a segment, its kernels one a file, and the pass."""

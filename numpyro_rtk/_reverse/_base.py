@@ -1,0 +1,122 @@
+"""What draws a segment: the contract of all reverse kernels."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import numpy as np
+from jax.core import Tracer
+
+from numpyro_rtk._custom_types import Event, Flag, RandomKey, Scalar
+from numpyro_rtk._reverse._segment import ReverseTransition
+
+
+class SegmentTuning(NamedTuple):
+    """What warmup learns about one segment."""
+
+    step_size: Scalar
+    """Step size in the inner kernel's own unit."""
+    curvature: Event | Scalar
+    """Curvature of `-log p_s` by coordinate, `E score_s^2`, at most `1 / sigma_s^2`."""
+
+
+class SegmentEntry(NamedTuple):
+    """What a segment needs to know about the one before, besides `x_t` and its score."""
+
+    data_prediction: Event
+    """`E[x_0 | x]` at the start of the segment before."""
+    half_log_snr_step: Scalar
+    """Length of the segment before in `log(alpha / sigma)`; 0 at the first segment."""
+
+
+class SegmentResult(NamedTuple):
+    """What one segment gives."""
+
+    x: Event
+    """The draw at time `s`."""
+    score: Event
+    """Score of `p_s` at the draw, where the inner kernel knows it; zeros otherwise."""
+    entry: SegmentEntry
+    """For the next segment."""
+    accept_prob: Scalar
+    """Mean acceptance probability over the inner steps; 1 for kernels without an accept step."""
+    square_score: Event
+    """Squared score of `p_s` at the draw, whose expectation is the curvature of `-log p_s` by coordinate."""
+    diverging: Flag
+    """Whether something non-finite, or an exploding unadjusted step, was met."""
+    failed: Flag
+    """Whether the draw itself is unusable, so that the pass must be discarded."""
+
+
+class AbstractInnerKernel(eqx.Module):
+    """How one segment is drawn. Concrete subclasses are final and are values: all state is passed."""
+
+    uses_score_at_start: eqx.AbstractClassVar[bool]
+    """Whether `ReverseTransition.score_t` is the network's score rather than zeros."""
+    adapts_step_size: eqx.AbstractClassVar[bool]
+    """Whether warmup tunes the step size towards a target acceptance probability."""
+
+    @property
+    @abc.abstractmethod
+    def needs_energy(self) -> bool:
+        """Whether the score must also provide `energy(x, t)`."""
+
+    @property
+    @abc.abstractmethod
+    def evaluations_per_segment(self) -> int:
+        """Score evaluations one segment costs."""
+
+    @abc.abstractmethod
+    def default_step_size(self, precision: Scalar, dim: int) -> Scalar:
+        """A safe step size for a target of curvature `precision` in `dim` dimensions."""
+
+    @abc.abstractmethod
+    def run_segment(
+        self, key: RandomKey, target: ReverseTransition, entry: SegmentEntry, tuning: SegmentTuning
+    ) -> SegmentResult:
+        """Draw `x_s` given `x_t`: one segment of the reverse pass, for one event."""
+
+
+def check_num_steps(owner: str, num_steps: Any, minimum: int = 1) -> None:
+    """Raise unless `num_steps` is an integer of at least `minimum`."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < minimum:
+        raise ValueError(
+            f"`{owner}(num_steps=...)` must be an integer of at least {minimum}, got {num_steps!r}."
+        )
+
+
+def check_positive(owner: str, name: str, value: Any, *, scalar: bool = False) -> None:
+    """Raise unless `value` is `None` or positive and finite: a scalar, or one value per segment."""
+    if value is None or isinstance(value, Tracer):
+        return
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{owner}({name}=...)` must be a positive number, got {value!r}.") from None
+    if array.ndim > (0 if scalar else 1):
+        shape = "a scalar" if scalar else "a scalar or one value per segment"
+        raise ValueError(f"`{owner}({name}=...)` must be {shape}, got shape {array.shape}.")
+    if not np.all(np.isfinite(array) & (array > 0)):
+        raise ValueError(f"`{owner}({name}=...)` must be positive and finite, got {value!r}.")
+
+
+def check_inner(inner: Any, score_fn: Any, num_segments: int) -> None:
+    """Raise unless `inner` is an inner kernel that this score and grid can serve."""
+    if not isinstance(inner, AbstractInnerKernel):
+        hint = f" Did you mean `{inner.__name__}()`?" if isinstance(inner, type) else ""
+        raise TypeError(f"`inner` must be an inner kernel such as `MALA(num_steps=8)`, got {inner!r}.{hint}")
+    if inner.needs_energy and not callable(getattr(score_fn, "energy", None)):
+        raise TypeError(
+            f"`inner={type(inner).__name__}(energy_difference=ExactEnergy())` needs a score with a method "
+            f"`energy(x, t)`, but "
+            f"`score_fn` ({type(score_fn).__name__}) has none. Wrap an energy network as "
+            f"`EnergyScore(energy_fn)`, or use "
+            "`energy_difference=Trapezoid()`, which needs scores only."
+        )
+    step_size = getattr(inner, "step_size", None)
+    if step_size is not None and np.ndim(step_size) == 1 and np.shape(step_size)[0] != num_segments:
+        raise ValueError(
+            f"`{type(inner).__name__}(step_size=...)` has {np.shape(step_size)[0]} values for {num_segments} "
+            f"segments. "
+            "Give a scalar or one value per segment."
+        )

@@ -1,0 +1,1 @@
+"""Score callables: adapters, closed forms, and what a score is, resolved once."""

@@ -1,0 +1,182 @@
+"""Checks of a score callable; none needs the value of a traced array."""
+
+import math
+import sys
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.core import Tracer
+
+from numpyro_rtk._noising._base import AbstractNoiseSchedule
+from numpyro_rtk._noising._grid import SegmentGrid, terminal_sample, terminal_variance
+
+
+def check_score_fn(score_fn: Any) -> None:
+    """Raise unless `score_fn` can be a score callable."""
+    if isinstance(score_fn, type):
+        raise TypeError(
+            f"`score_fn` must be callable as score_fn(x, t); got the class {score_fn.__name__}, not an "
+            f"instance."
+        )
+    if not callable(score_fn):
+        raise TypeError(f"`score_fn` must be callable as score_fn(x, t), got {type(score_fn).__name__}.")
+
+
+def check_event_shape(event_shape: Any) -> tuple[int, ...] | None:
+    """Return a valid event shape as a tuple of ints, or `None`."""
+    if event_shape is None:
+        return None
+    try:
+        shape = tuple(event_shape)
+    except TypeError:
+        raise TypeError(
+            f"`event_shape` must be a tuple of integers, got {event_shape!r}. For vectors write "
+            f"`event_shape=({event_shape},)`."
+        ) from None
+    if not all(isinstance(size, int | np.integer) and not isinstance(size, bool) for size in shape):
+        raise TypeError(f"`event_shape` must be a tuple of integers, got {event_shape!r}.")
+    if any(size <= 0 for size in shape):
+        raise ValueError(
+            f"`event_shape` must have positive sizes (an empty event cannot be sampled), got {shape}."
+        )
+    return tuple(int(size) for size in shape)
+
+
+def resolve_schedule(score_fn: Any, schedule: Any) -> AbstractNoiseSchedule | None:
+    """The kernel's schedule: the one given, which must agree with the score's own, or the score's own."""
+    own = getattr(score_fn, "schedule", None)
+    own = own if isinstance(own, AbstractNoiseSchedule) else None
+    if schedule is None:
+        return own
+    if not isinstance(schedule, AbstractNoiseSchedule):
+        hint = f" Did you mean `{schedule.__name__}()`?" if isinstance(schedule, type) else ""
+        raise TypeError(f"`schedule` must be a noise schedule such as `OU()`, got {schedule!r}.{hint}")
+    if own is not None and not _same_process(own, schedule):
+        raise ValueError(
+            f"`schedule={schedule}` is another noising process than the one of `score_fn`, {own}: the draws "
+            "would follow the wrong law. Leave `schedule` out to use the score's own."
+        )
+    return schedule
+
+
+def _same_process(one: AbstractNoiseSchedule, other: AbstractNoiseSchedule) -> bool:
+    # Grids may differ (t_min, t_max); the processes must agree wherever both are defined.
+    low, high = max(one.t_min, other.t_min), min(one.t_max, other.t_max)
+    if not low < high:
+        return False
+    with jax.ensure_compile_time_eval():
+        t = jnp.asarray(np.linspace(low, high, 7))
+        pairs = [(s.alpha(t), s.sigma(t), jnp.asarray(s.network_time(t), float)) for s in (one, other)]
+        return all(np.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*pairs, strict=True))
+
+
+def check_score_shape(
+    score_fn: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_model: bool = False
+) -> None:
+    """Raise unless the score of one event has its shape and dtype. Traces the score; computes nothing.
+
+    A kernel passes the arguments of `MCMC.run` on to the score; a prior in a model has no further arguments.
+    """
+    if in_model:
+        further, condition, cast = (
+            " and a scalar time",
+            "bind it: `lambda x, t: network(x, t, condition)`",
+            "",
+        )
+    else:
+        further = ", a scalar time and the further arguments of `MCMC.run`"
+        condition = "pass that to `MCMC.run(rng_key, condition)`"
+        cast = ", or start from `init_params` of its dtype"
+    hint = (
+        f"It is called with one event{further}. If your network takes batches "
+        "only, wrap it: `BatchedNetwork(network)` (inside the adapter, if you use one). If it wants a "
+        "condition, "
+        f"{condition}; if it has dropout, switch it to inference mode."
+    )
+    try:
+        score = eqx.filter_eval_shape(lambda x, t: score_fn(x, t, *args, **kwargs), x, t)
+    except Exception as error:
+        raise ValueError(
+            f"`score_fn` failed on one event of shape {x.shape} and scalar t: {type(error).__name__}: "
+            f"{error}\n{hint}"
+        ) from error
+    if not isinstance(score, jax.ShapeDtypeStruct):
+        raise TypeError(f"`score_fn` must return one array, got {type(score).__name__}.")
+    if score.shape != x.shape:
+        raise ValueError(
+            f"`score_fn` returned shape {score.shape} for an event of shape {x.shape}; they must agree. "
+            f"{hint}"
+        )
+    if score.dtype != x.dtype:
+        raise TypeError(
+            f"`score_fn` returned dtype {score.dtype} for an event of dtype {x.dtype}; they must agree. "
+            f"Cast its result with `.astype(x.dtype)`{cast}."
+        )
+
+
+def _user_stack_level() -> int:
+    """Stack level of the first frame outside NumPyro, JAX and this package."""
+    libraries = ("numpyro", "numpyro_rtk", "jax", "equinox", "contextlib", "functools")
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+CONVENTION_TOLERANCE = 0.3
+"""How far `-<x, score> / |x|^2` at the top of the grid may be from its value under noise, relatively."""
+
+
+@eqx.filter_jit
+def _scores_at(score_fn: Any, x: Any, t: Any, args: Any, kwargs: Any) -> Any:
+    return jax.vmap(lambda x, t: score_fn(x, t, *args, **kwargs))(x, t)
+
+
+def check_first_call(
+    score_fn: Any,
+    grid: SegmentGrid,
+    shape: tuple[int, ...],
+    dtype: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Evaluate the score at both ends of the grid; refuse NaN, warn where it cannot be a score.
+
+    Two evaluations. At the top of the grid the law is nearly `N(0, variance I)`, whose score is
+    `-x / variance`: a score of the other sign or scale (a noise prediction passed as it is, another
+    schedule) shows there. Under `jit`, or `vmap` over arguments of the score, there is no value to look at.
+    """
+    noise = terminal_sample(jr.key(0), grid, shape, dtype)
+    ends = jnp.stack([noise, noise / jnp.sqrt(terminal_variance(grid))])
+    times = jnp.stack([grid.t[0], grid.s[-1]])
+    scores = _scores_at(score_fn, ends, times, args, kwargs)
+    if isinstance(scores, Tracer):
+        return
+    scores = np.asarray(scores)
+    for score, t in zip(scores, np.asarray(times), strict=True):
+        if not np.all(np.isfinite(score)):
+            bad = int(np.sum(~np.isfinite(score)))
+            raise ValueError(
+                f"`score_fn` returned NaN or infinity at its first call, t={t:g} ({bad} of {score.size} "
+                f"values). "
+                "Check that the network was trained down to t_min and up to t_max of the schedule."
+            )
+    noise = np.asarray(noise)
+    ratio = -float(np.sum(noise * scores[0]) / np.sum(noise**2)) * float(terminal_variance(grid))
+    if not math.isclose(ratio, 1.0, abs_tol=CONVENTION_TOLERANCE):
+        warnings.warn(
+            f"`score_fn` does not look like the score of noised, standardised data: at t={float(times[0]):g} "
+            f"it is "
+            f"{-ratio:.3g} x / variance, where -1 is expected. Check its convention (a network that predicts "
+            f"noise, data or "
+            "velocity needs `NoisePrediction`, `DataPrediction`, `VelocityPrediction` or `FlowVelocity`), "
+            "the schedule, "
+            "and that the grid starts where hardly any signal is left.",
+            UserWarning,
+            stacklevel=_user_stack_level(),
+        )

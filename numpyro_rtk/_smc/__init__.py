@@ -1,0 +1,1 @@
+"""Particles over noise levels: twists, levels, sweeps."""

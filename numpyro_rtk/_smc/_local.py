@@ -1,0 +1,129 @@
+"""Local moves of particle Gibbs at `t_min`: gradient moves on `p_0 L`, within a mode."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from numpyro_rtk._custom_types import RandomKey, Scalar
+from numpyro_rtk._moves._preconditioner import Preconditioner
+from numpyro_rtk._reverse._base import check_num_steps, check_positive
+from numpyro_rtk._smc._posterior import MoveInfo, Point, Posterior
+
+
+class AbstractLocalMove(eqx.Module):
+    """A move on `p_0 L` that costs `num_evaluations` score evaluations."""
+
+    step_size: eqx.AbstractVar[Any]
+
+    @property
+    @abc.abstractmethod
+    def num_evaluations(self) -> int:
+        """Score evaluations per iteration, for one event of every site."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        key: RandomKey,
+        posterior: Posterior,
+        point: Point,
+        preconditioner: Preconditioner,
+        step_size: Scalar,
+    ) -> tuple[Point, MoveInfo]:
+        """Move a draw evaluated at the last level."""
+
+
+class LocalMALA(AbstractLocalMove):
+    """MALA on `p_0 L`, preconditioned by the curvature of prior and linearised likelihood.
+
+    *Law.* Leaves `p_0 L` invariant: exactly where the score has an energy, otherwise up to the error of the
+    trapezoid rule, of third order in the length of a move.
+
+    *Cost.* `num_steps` score evaluations an iteration.
+
+    Args:
+        num_steps: Steps per iteration.
+        step_size: Relative to the preconditioner; `None`: adapted in warmup.
+    """
+
+    num_steps: int = eqx.field(static=True, default=4)
+    step_size: Any = None
+
+    def __check_init__(self) -> None:
+        check_num_steps("LocalMALA", self.num_steps)
+        check_positive("LocalMALA", "step_size", self.step_size, scalar=True)
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.num_steps
+
+    def __call__(
+        self,
+        key: RandomKey,
+        posterior: Posterior,
+        point: Point,
+        preconditioner: Preconditioner,
+        step_size: Scalar,
+    ) -> tuple[Point, MoveInfo]:
+        level = jnp.asarray(posterior.num_levels - 1)
+        return posterior.mala_steps(key, level, point, preconditioner, step_size, self.num_steps)
+
+
+class LocalHMC(AbstractLocalMove):
+    """HMC on `p_0 L`, preconditioned as `LocalMALA`, whose energy error is accumulated along its own path.
+
+    *Law.* Leaves `p_0 L` invariant: exactly where the score has an energy, otherwise up to the error of the
+    path's line integral, of fourth order in the step size (third-order changes of the score along a step);
+    exact for Gaussian priors.
+
+    *Cost.* `num_steps * num_trajectories` score evaluations an iteration.
+
+    Args:
+        num_steps: Leapfrog steps per trajectory, an even number.
+        num_trajectories: Trajectories per iteration, each with its own accept step.
+        step_size: Relative to the preconditioner, jittered by a uniform factor from 0.6 to 1.2; `None`:
+            adapted in warmup.
+    """
+
+    num_steps: int = eqx.field(static=True, default=10)
+    num_trajectories: int = eqx.field(static=True, default=2)
+    step_size: Any = None
+
+    def __check_init__(self) -> None:
+        check_num_steps("LocalHMC", self.num_steps, 2)
+        if self.num_steps % 2:
+            raise ValueError(
+                f"`LocalHMC(num_steps=...)` must be even, got {self.num_steps}: energies are summed over "
+                f"pairs of steps."
+            )
+        if (
+            isinstance(self.num_trajectories, bool)
+            or not isinstance(self.num_trajectories, int)
+            or self.num_trajectories < 1
+        ):
+            raise ValueError(
+                f"`LocalHMC(num_trajectories=...)` must be an integer of at least 1, got "
+                f"{self.num_trajectories!r}."
+            )
+        check_positive("LocalHMC", "step_size", self.step_size, scalar=True)
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.num_steps * self.num_trajectories
+
+    def __call__(
+        self,
+        key: RandomKey,
+        posterior: Posterior,
+        point: Point,
+        preconditioner: Preconditioner,
+        step_size: Scalar,
+    ) -> tuple[Point, MoveInfo]:
+        def body(point: Point, key: RandomKey) -> tuple[Point, MoveInfo]:
+            return posterior.hmc(key, point, preconditioner, step_size, self.num_steps)
+
+        point, info = jax.lax.scan(body, point, jr.split(key, self.num_trajectories))
+        return point, MoveInfo(jnp.mean(info.accept_prob), jnp.any(info.diverging))

@@ -1,0 +1,91 @@
+"""Where noise levels are placed: where the reverse transition is hardest."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_rtk._custom_types import RandomKey, ScoreFn
+from numpyro_rtk._noising._grid import _transition, Candidates
+
+
+NUM_PROBED_LEVELS = 32
+"""Candidate levels at which the difficulty of reverse transitions is measured."""
+MAX_PROBES = 64
+"""Prior draws that measure it, at most."""
+PROBE = 0.5
+"""Length of the probe in units of the noise scale: as far as a transition goes that removes a fifth of the
+noise's variance.
+"""
+NEGLIGIBLE_DIFFICULTY = 1e-2
+"""Added to what was measured, so that rounding of an easy prior's scores, which depends on the machine,
+places no levels.
+"""
+EVEN_SHARE = 0.5
+"""Share of the segments that are spread evenly over the log signal-to-noise ratio, whatever was measured: an
+informative likelihood needs levels at low noise, too."""
+
+
+def transition_difficulty(key: RandomKey, score_fn: ScoreFn, candidates: Candidates, draws: Array) -> Array:
+    r"""How far reverse transitions are from the Gaussian that inner kernels propose from, per unit of log
+    signal-to-noise ratio.
+
+    A transition over a short segment is Gaussian where the Hessian `H` of `log p_t` is the same wherever it
+    may end. Its distance from the reference `N(m, c)` of `PreconditionedMALA` grows with the square of the
+    segment's length, times `E |sigma^2 (H - E diag H)|_F^2`, estimated by differences of scores along random
+    directions. Zero for a Gaussian prior with independent coordinates. `2 * NUM_PROBED_LEVELS` score
+    evaluations per draw, of at most `MAX_PROBES` draws.
+
+    Returns:
+        One value per candidate, interpolated between the probed ones.
+    """
+    last = candidates.t.shape[0] - 1
+    probed = np.unique(np.linspace(0, last, min(NUM_PROBED_LEVELS, last + 1)).round().astype(int))
+    draws = draws[:MAX_PROBES]
+
+    def at_level(inputs: tuple[RandomKey, Array, Array, Array]) -> Array:
+        key, t, alpha, sigma = inputs
+        noise_key, probe_key = jr.split(key)
+        a, v = _transition(candidates.alpha[-1], candidates.sigma[-1], alpha, sigma)
+        x = a * draws + jnp.sqrt(v) * jr.normal(noise_key, draws.shape, draws.dtype)
+        direction = jr.normal(probe_key, draws.shape, draws.dtype)
+        scores = jax.vmap(lambda x: score_fn(x, t))
+        change = sigma / PROBE * (scores(x + PROBE * sigma * direction) - scores(x))
+        # Least squares, so that the deviation of a Gaussian of independent coordinates is 0 and not the
+        # probes' own scatter.
+        slope = jnp.sum(direction * change, axis=0) / jnp.sum(direction**2, axis=0)
+        deviation = change - slope[None] * direction
+        square = jnp.sum(deviation**2, axis=tuple(range(1, draws.ndim)))
+        return jnp.mean(jnp.where(jnp.isfinite(square), square, 0.0))
+
+    keys = jr.split(key, probed.size)
+    chosen = tuple(leaf[probed] for leaf in candidates)
+    difficulty = jax.lax.map(at_level, (keys, *chosen))
+    return jnp.interp(
+        jnp.arange(last + 1, dtype=difficulty.dtype), jnp.asarray(probed, difficulty.dtype), difficulty
+    )
+
+
+def place_levels(difficulty: Array, num_segments: int) -> Array:
+    """Indices of the candidates that make a grid, with more of them where transitions are difficult.
+
+    The error of a segment of length `l` is `difficulty * l^2`; the sum is least where the density of levels
+    goes with the root of the difficulty. `EVEN_SHARE` of the density is even.
+
+    Returns:
+        Shape `(num_segments + 1,)`, strictly increasing, from the first candidate to the last.
+    """
+    last = difficulty.shape[0] - 1
+    root = jnp.sqrt(difficulty + NEGLIGIBLE_DIFFICULTY)
+    weights = 0.5 * (root[1:] + root[:-1])
+    density = (1 - EVEN_SHARE) * weights / jnp.sum(weights) + EVEN_SHARE / last
+    reached = jnp.concatenate([jnp.zeros(1, density.dtype), jnp.cumsum(density)])
+    order = jnp.arange(num_segments + 1)
+    wanted = jnp.interp(
+        order / num_segments, reached / reached[-1], jnp.arange(last + 1, dtype=density.dtype)
+    )
+    indices = jnp.round(wanted).astype(order.dtype)
+    # Distinct, and none beyond the ends.
+    indices = jax.lax.cummax(indices - order) + order
+    return jnp.minimum(indices, last - num_segments + order)

@@ -1,0 +1,226 @@
+r"""Twists: positive functions `G_t(x)` that stand for `E[L(x_0) | x_t = x]`, and equal `L` at `t_min`.
+
+Any twist leaves the posterior invariant under particle Gibbs; a good one keeps the effective sample size up.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from numpyro_rtk._custom_types import Scalar
+from numpyro_rtk._moves._line_integral import dot
+
+
+MAX_EXACT_OBSERVATIONS = 64
+"""Most Gaussian observations for which the covariance of the twist is formed as a matrix."""
+NUM_PROBES = 8
+"""Random vectors that estimate the diagonal of the covariance where it is not formed."""
+DIAGONAL_WEIGHT = 0.1
+"""Weight of the diagonal in the measured covariance of the denoising error."""
+MAX_RESIDUALS = 32
+"""Measured residuals that carry the correlations of the error where the covariance is not formed."""
+INDEPENDENT_WEIGHT = 0.5
+"""Share of the error taken as independent between coordinates there: few residuals do not span an image."""
+
+
+class AbstractTwist(eqx.Module):
+    """How the likelihood is carried to noisier levels."""
+
+    gaussian: eqx.AbstractClassVar[bool]
+    """Whether Gaussian observations are integrated over the denoising error rather than tempered."""
+
+
+class GaussianTwist(AbstractTwist):
+    r"""Gaussian observations with the denoising error added to their covariance; anything else is tempered.
+
+    With the mean `f(x_0)` of the observations and their scale `s`:
+    `G_t(x) = N(y; f(xhat), s^2 I + J R_t J^T)`, `xhat = E[x_0 | x_t = x]`, `J` the Jacobian of `f` there, and
+    `R_t` the measured covariance of `x_0 - xhat`. Up to 64 observations the covariance is formed exactly,
+    with `R_t` from the prior draws themselves (correlations included). Beyond, no matrix is formed: half of
+    the error is taken as independent between coordinates (its diagonal estimated with 8 fixed random vectors,
+    exact where each observation depends on one coordinate), the other half as spanned by 32 measured
+    residuals.
+
+    *Cost.* No score evaluation besides the one that gives `xhat`; one Jacobian (or vector-Jacobian product)
+    of `f`.
+
+    References:
+        Wu et al. (2023), arXiv 2306.17775, twisted diffusion sampler; Cardoso et al. (2023), arXiv
+        2308.07983.
+    """
+
+    gaussian = True
+
+
+class TemperedTwist(AbstractTwist):
+    r"""Any likelihood at the denoised point, to a power: `G_t(x) = L(xhat)^beta_t`.
+
+    The powers start from an adaptive pass that keeps half the effective sample size from level to level where
+    it can, and are adapted in warmup until neighbouring levels lose alike.
+
+    *Cost.* No score evaluation besides the one that gives `xhat`.
+    """
+
+    gaussian = False
+
+
+class Terms(NamedTuple):
+    """A log likelihood, split as a twist needs it: the log likelihood is `-|whitened|^2 / 2` and the others,
+    summed.
+    """
+
+    whitened: Array
+    """Whitened residuals `(y - mean) / scale` of the Gaussian observations, shape `(observations,)`."""
+    log_normalizer: Scalar
+    """Their log normalizer, `-sum(log scale)` and constants."""
+    other: Scalar
+    """Log probability of everything else."""
+
+
+class LevelError(NamedTuple):
+    """The denoising error at one level, for the flat vector of all diffusion sites."""
+
+    residuals: tuple[Array, ...]
+    """Per site, shape `(draws, event_size)`: prior draws minus their denoised values."""
+    mean_square: Array
+    """Mean square by coordinate, shape `(dim,)`."""
+
+
+class TwistPoint(NamedTuple):
+    """A twist at one point."""
+
+    log_value: Scalar
+    gradient: Array
+    """Gradient with respect to the denoised point, shape `(dim,)`, with the covariance held fixed."""
+    other: Scalar
+    """Log probability of what is tempered, at power one."""
+
+
+class Linearization(NamedTuple):
+    """Gaussian observations linearised at one point, for proposals."""
+
+    jacobian: Array
+    """`d whitened / d x / sd`, shape `(rank, dim)`, so that its Gram matrix is the curvature of `-log G`."""
+    diagonal: Array
+    """Curvature by coordinate where the Jacobian is not formed, shape `(dim,)`."""
+
+
+def _probes(dim: int, dtype: Any) -> Array:
+    return jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (NUM_PROBES, dim)), dtype)
+
+
+def _covariance_factor(jacobian: Array, error: LevelError, blocks: tuple[tuple[int, int], ...]) -> Array:
+    """`F` with `F F^T = J R J^T`: `J` applied to measured residuals of each event, and to independent
+    coordinates.
+    """
+    factors, start = [], 0
+    for (batch_size, event_size), residuals in zip(blocks, error.residuals, strict=True):
+        stop = start + batch_size * event_size
+        block = jacobian[:, start:stop].reshape(-1, batch_size, event_size)
+        scale = jnp.sqrt((1 - DIAGONAL_WEIGHT) / residuals.shape[0])
+        factors.append(scale * jnp.einsum("mbe,ne->mbn", block, residuals).reshape(jacobian.shape[0], -1))
+        start = stop
+    factors.append(jacobian * jnp.sqrt(DIAGONAL_WEIGHT * error.mean_square)[None])
+    return jnp.concatenate(factors, axis=1)
+
+
+def evaluate_twist(
+    terms: Callable[[Array], Terms],
+    x: Array,
+    error: LevelError,
+    beta: Scalar,
+    blocks: tuple[tuple[int, int], ...],
+) -> TwistPoint:
+    """Log twist at the denoised point `x`, a flat vector of all sites.
+
+    With no error and `beta = 1` it is the log likelihood, and the gradient is exact.
+
+    Args:
+        terms: The likelihood of a flat vector.
+        x: The denoised point, shape `(dim,)`.
+        error: Measured denoising error of the level.
+        beta: Power of what is not Gaussian.
+        blocks: `(batch_size, event_size)` of each site.
+    """
+    (whitened, log_normalizer, other), vjp = jax.vjp(lambda x: tuple(terms(x)), x)
+    size, one = whitened.shape[0], jnp.ones((), x.dtype)
+    if size == 0:
+        (gradient,) = vjp((whitened, one, beta))
+        return TwistPoint(beta * other + log_normalizer, gradient, other)
+    if size <= MAX_EXACT_OBSERVATIONS:
+        eye, zero = jnp.eye(size, dtype=x.dtype), jnp.zeros((), x.dtype)
+        (jacobian,) = jax.vmap(lambda row: vjp((row, zero, zero)))(eye)
+        (rest,) = vjp((jnp.zeros_like(whitened), one, beta))
+        factor = _covariance_factor(jacobian, error, blocks)
+        cholesky = jnp.linalg.cholesky(eye + factor @ factor.T)
+        half = jax.scipy.linalg.solve_triangular(cholesky, whitened, lower=True)
+        weighted = jax.scipy.linalg.solve_triangular(cholesky, half, lower=True, trans=1)
+        log_value = -0.5 * dot(half, half) - jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+        gradient = rest - weighted @ jacobian
+    else:
+        # The diagonal, and as many correlated directions as there are measured residuals, by Woodbury's
+        # identity.
+        diagonal, rows = _low_rank(terms, x, error, blocks)
+        inner = jnp.eye(rows.shape[0], dtype=x.dtype) + (rows / diagonal[None]) @ rows.T
+        cholesky = jnp.linalg.cholesky(inner)
+        projected = jax.scipy.linalg.cho_solve((cholesky, True), rows @ (whitened / diagonal))
+        weighted = (whitened - projected @ rows) / diagonal
+        log_value = -0.5 * (dot(whitened, weighted) + jnp.sum(jnp.log(diagonal)))
+        log_value -= jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+        (gradient,) = vjp((-weighted, one, beta))
+    return TwistPoint(log_value + log_normalizer + beta * other, gradient, other)
+
+
+def _low_rank(
+    terms: Callable[[Array], Terms], x: Array, error: LevelError, blocks: tuple[tuple[int, int], ...]
+) -> tuple[Array, Array]:
+    """`1 + w diag(J R J^T)` for the independent part of the error, and `J` applied to residuals for the
+    correlated part.
+    """
+    _, jvp = jax.linearize(lambda x: terms(x).whitened, x)
+    scaled = _probes(x.shape[0], x.dtype) * jnp.sqrt(error.mean_square)[None]
+    independent = jnp.mean(jax.vmap(jvp)(scaled) ** 2, axis=0)
+    count = error.residuals[0].shape[0]
+    if count == 0:
+        return 1 + independent, jnp.zeros((0, independent.shape[0]), x.dtype)
+    # Elements of a batch take different residuals.
+    columns = []
+    for (batch_size, _), residuals in zip(blocks, error.residuals, strict=True):
+        columns += [jnp.roll(residuals, i, axis=0) for i in range(batch_size)]
+    rows = jax.vmap(jvp)(jnp.concatenate(columns, axis=1)) * jnp.sqrt((1 - INDEPENDENT_WEIGHT) / count)
+    return 1 + INDEPENDENT_WEIGHT * independent, rows
+
+
+def linearize_twist(
+    terms: Callable[[Array], Terms], x: Array, error: LevelError, blocks: tuple[tuple[int, int], ...]
+) -> Linearization:
+    """Curvature of the Gaussian part of `-log G` with respect to the denoised point, at `x`."""
+    whitened, vjp = jax.vjp(lambda x: terms(x).whitened, x)
+    size = whitened.shape[0]
+    none = jnp.zeros((0, x.shape[0]), x.dtype)
+    if size == 0:
+        return Linearization(none, jnp.zeros_like(x))
+    if size <= MAX_EXACT_OBSERVATIONS:
+        eye = jnp.eye(size, dtype=x.dtype)
+        (jacobian,) = jax.vmap(vjp)(eye)
+        factor = _covariance_factor(jacobian, error, blocks)
+        cholesky = jnp.linalg.cholesky(eye + factor @ factor.T)
+        return Linearization(
+            jax.scipy.linalg.solve_triangular(cholesky, jacobian, lower=True), jnp.zeros_like(x)
+        )
+    diagonal, factor = _low_rank(terms, x, error, blocks)
+    sd = jnp.sqrt(diagonal + jnp.sum(factor**2, axis=0))
+    (columns,) = jax.vmap(vjp)(_probes(size, x.dtype) / sd[None])
+    return Linearization(none, jnp.mean(columns**2, axis=0))
+
+
+def all_finite_terms(terms: Terms) -> Bool[Array, ""]:
+    """Whether a likelihood is usable."""
+    return (
+        jnp.all(jnp.isfinite(terms.whitened)) & jnp.isfinite(terms.log_normalizer) & jnp.isfinite(terms.other)
+    )
