@@ -7,14 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from numpyro.infer.gibbs import Gibbs
+import numpyro
+from numpyro.infer.gibbs import conditioned, Gibbs
+from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._joint import joint_init, joint_sample
 from numpyro_rtk._numpyro._particle_gibbs import ParticleGibbsState, RTKParticleGibbs
 from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
-from numpyro_rtk._numpyro._sites import diffusion_site_names, without_diffusion
+from numpyro_rtk._numpyro._sites import (
+    diffusion_site_names,
+    inspect_model,
+    refuse_discrete,
+    without_diffusion,
+)
 
 
 class RTKGibbsState(NamedTuple):
@@ -132,6 +139,12 @@ class RTKGibbs(Gibbs):
             model_args: Arguments of the model.
             model_kwargs: Keyword arguments of the model.
         """
+        # Before the blocks, whose own words would not name this kernel, and outside `vmap`.
+        trace = inspect_model(
+            "RTKGibbs", conditioned(self._user_model), jr.key(0), model_args, dict(model_kwargs or {})
+        ).trace
+        if isinstance(self._kernels[1], HMC):
+            refuse_discrete(f"RTKGibbs({type(self._kernels[1]).__name__}(model))", trace)
         if is_prng_key(rng_key):
             return self._init_chain(rng_key, num_warmup, init_params, model_args, model_kwargs)
         axes = self._chain_axes()
@@ -157,7 +170,8 @@ class RTKGibbs(Gibbs):
                 diverging=jnp.zeros((), bool),
                 num_score_evals=jnp.zeros_like(blocks[0].num_score_evals),
             )
-        state: Any = super().init(rng_key, num_warmup, init_params, args, kwargs)
+        with numpyro.validation_enabled(False):  # NumPyro traces the model at placeholders
+            state: Any = super().init(rng_key, num_warmup, init_params, args, kwargs)
         count = jnp.zeros_like(state.block_states[0].num_score_evals)
         state = state._replace(diverging=jnp.zeros((), bool), num_score_evals=count)
         given = {name: value for name, value in (init_params or {}).items() if name in self._sites[0]}

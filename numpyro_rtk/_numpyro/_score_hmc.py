@@ -17,7 +17,7 @@ from numpyro import handlers
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.hmc import momentum_generator
 from numpyro.infer.hmc_util import HMCAdaptState, IntegratorState, warmup_adapter
-from numpyro.infer.initialization import init_to_sample, init_to_uniform
+from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import (
     _transforms_from_trace,
@@ -41,6 +41,7 @@ from numpyro_rtk._numpyro._sites import (
     DiffusionSite,
     inspect_model,
     latent_diffusion_sites,
+    refuse_discrete,
     without_diffusion,
 )
 from numpyro_rtk._numpyro._start import annealed_start
@@ -265,12 +266,9 @@ class ScoreHMC(MCMCKernel):
         kwargs = {} if model_kwargs is None else model_kwargs
         batched = not is_prng_key(rng_key)
         one_key = rng_key[0] if batched else rng_key
-        sites = inspect_model("ScoreHMC", self._model, one_key, model_args, kwargs).diffusion
-        seeded = handlers.seed(without_diffusion(self._model), jr.key(0))
-        trace = handlers.trace(handlers.substitute(seeded, substitute_fn=init_to_sample)).get_trace(
-            *model_args, **kwargs
-        )
-        _refuse_discrete(trace)
+        found = inspect_model("ScoreHMC", self._model, one_key, model_args, kwargs)
+        sites, trace = found.diffusion, found.trace
+        refuse_discrete("ScoreHMC", trace)
         transforms = _transforms_from_trace(trace, raise_warnings=False)
         if kwargs.get(GIBBS_SITES_KWARG) and transforms.dynamic_support:
             raise ValueError(
@@ -583,18 +581,6 @@ def _split(rng_key: Any, num: int) -> Any:
     if is_prng_key(rng_key):
         return jr.split(rng_key, num)
     return jnp.swapaxes(jax.vmap(lambda key: jr.split(key, num))(rng_key), 0, 1)
-
-
-def _refuse_discrete(trace: dict[str, Any]) -> None:
-    for name, site in trace.items():
-        if site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete:
-            raise ValueError(
-                f"`ScoreHMC` moves continuous latents only, and site {name!r} is discrete. Sum it out by "
-                f"hand "
-                "(`dist.MixtureSameFamily`), or give it to another block: "
-                "`numpyro.infer.Gibbs([(DiscreteGibbs(model), "
-                f"[{name!r}]), (ScoreHMC(model), None)])`."
-            )
 
 
 def _read_init_params(

@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 from jax.core import Tracer
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+from numpyro.infer.gibbs import conditioned, GIBBS_SITES_KWARG
 from numpyro.infer.initialization import init_to_sample
 from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
+from numpyro_rtk._numpyro._dependence import dependence
 from numpyro_rtk._prior._prior import DiffusionPrior
+from numpyro_rtk._score._hoist import ENERGY_METHODS
 
 
 class DiffusionSite(NamedTuple):
@@ -113,6 +116,50 @@ def without_diffusion(model: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(_without_diffusion, model)
 
 
+_CONDITIONED: Any = getattr(conditioned(_without_diffusion), "func")  # noqa: B009 - a `partial`, typed as a callable
+
+
+def user_model(model: Any) -> Any:
+    """The model as the user wrote it: without what composites wrap around it to condition and leave out."""
+    while isinstance(model, functools.partial) and (
+        model.func is _CONDITIONED or model.func is _without_diffusion
+    ):
+        model = model.args[0]
+    return model
+
+
+def _placeholder(site: dict[str, Any]) -> Any:
+    """A draw, for a site that has no value yet."""
+    return init_to_sample(site) if site["value"] is None else None
+
+
+def traced_sites(
+    model: Callable[..., Any],
+    rng_key: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A trace of the model that evaluates no network, and its diffusion sites as the model wrote them.
+
+    Values that are not given are placeholders, so that arguments of laws are not validated: a rate that the
+    prior keeps positive may be negative here.
+
+    Args:
+        model: The model.
+        rng_key: One key.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values of latents; `None`: draws of their laws, and placeholders for diffusion sites.
+    """
+    seen: dict[str, Any] = {}
+    # Innermost, so that it sees the laws as the model wrote them.
+    seeded = handlers.seed(_LeaveOut(model, seen), rng_key)
+    given: Any = {"substitute_fn": _placeholder} if values is None else {"data": values}
+    with numpyro.validation_enabled(False):
+        return handlers.trace(handlers.substitute(seeded, **given)).get_trace(*args, **kwargs), seen
+
+
 class ModelSites(NamedTuple):
     """The sites of a model that a posterior kernel has to account for."""
 
@@ -120,8 +167,8 @@ class ModelSites(NamedTuple):
     """Latent diffusion sites in trace order."""
     others: tuple[str, ...]
     """Other latent sample sites."""
-    has_deterministic: bool
-    """Whether the model has deterministic sites."""
+    trace: Any
+    """The trace; diffusion sites have placeholders as values."""
 
 
 def inspect_model(
@@ -142,12 +189,7 @@ def inspect_model(
             transformed, inside a `scan` or dependent on another latent, subsample plates, enumerated sites,
             observations with NaN.
     """
-    seen: dict[str, Any] = {}
-    # Innermost, so that it sees the laws as the model wrote them.
-    seeded = handlers.seed(_LeaveOut(model, seen), rng_key)
-    trace = handlers.trace(handlers.substitute(seeded, substitute_fn=init_to_sample)).get_trace(
-        *args, **kwargs
-    )
+    trace, seen = traced_sites(model, rng_key, args, kwargs)
     samples = {name: site for name, site in trace.items() if site["type"] == "sample"}
     for name, site in trace.items():
         if site["type"] == "plate":
@@ -162,14 +204,12 @@ def inspect_model(
         if site["infer"].get("enumerate") == "parallel" and not site["is_observed"]:
             raise ValueError(
                 f"`{owner}` does not support enumerated sites: {name!r} is marked "
-                f"`infer={{'enumerate': 'parallel'}}`. Sum it "
-                "out by hand (`dist.MixtureSameFamily`), or sample it with `numpyro.infer.DiscreteGibbs` as "
-                "a block of "
-                "`numpyro.infer.Gibbs`."
+                f"`infer={{'enumerate': 'parallel'}}`. Leave the mark out and sample it: "
+                f"{kernel_for_discrete(samples)}."
             )
         # A scan hands on the sites of its body, marked as done, once it has run.
         in_scan = name not in seen or seen[name].get("_control_flow_done", False)
-        if in_scan and unwrap_prior(site["fn"]) is not None and not site["is_observed"]:
+        if in_scan and unwrap_prior(site["fn"]) is not None:
             raise ValueError(
                 f"Diffusion site {name!r} is inside a `scan`, where `{owner}` cannot move it. Write it "
                 f"outside, in a plate or "
@@ -179,11 +219,12 @@ def inspect_model(
             _refuse_transformed(owner, name, site["fn"])
         if site["is_observed"] and not isinstance(site["value"], Tracer) and _has_nan(site["value"]):
             raise ValueError(
-                f"Observed site {name!r} has {int(np.sum(np.isnan(np.asarray(site['value']))))} NaN. Replace "
-                f"missing "
-                "values by any number, and leave them out of the likelihood by "
-                "`numpyro.handlers.mask(mask=~isnan(y))` around "
-                "the site."
+                f"Observed site {name!r} has {int(np.sum(np.isnan(np.asarray(site['value']))))} NaN. Leave "
+                "missing values out of its likelihood and put any number in their place. Where `y` has what "
+                "is observed:\n"
+                "    observed = ~jnp.isnan(y)\n"
+                f"    numpyro.sample({name!r}, dist.Normal(...).mask(observed), obs=jnp.nan_to_num(y))\n"
+                "The mask goes inside `.to_event(...)`: `dist.Normal(...).mask(observed).to_event(1)`."
             )
     diffusion = []
     for name, msg in seen.items():
@@ -212,11 +253,34 @@ def inspect_model(
             'Write `numpyro.sample("x", DiffusionPrior(score_fn, event_shape))` in the model, or use another '
             "kernel."
         )
-    _refuse_dependent(
-        owner, model, rng_key, args, kwargs, diffusion, {name: samples[name]["value"] for name in others}
-    )
-    has_deterministic = any(site["type"] == "deterministic" for site in trace.values())
-    return ModelSites(tuple(diffusion), others, has_deterministic)
+    _refuse_dependent(owner, model, args, kwargs)
+    return ModelSites(tuple(diffusion), others, trace)
+
+
+def kernel_for_discrete(samples: dict[str, Any]) -> str:
+    """What to write for a model with discrete latents, as code.
+
+    Args:
+        samples: Sample sites of a trace of the model.
+    """
+    continuous = [
+        name
+        for name, site in samples.items()
+        if not (site["is_observed"] or site["fn"].support.is_discrete or unwrap_prior(site["fn"]))
+    ]
+    inner = "DiscreteHMCGibbs(NUTS(model))" if continuous else "DiscreteGibbs(model)"
+    return f"`RTKGibbs({inner})`"
+
+
+def refuse_discrete(owner: str, trace: dict[str, Any]) -> None:
+    """Raise if a latent of a trace is discrete, for a kernel that moves along gradients."""
+    samples = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    names = [n for n, site in samples.items() if not site["is_observed"] and site["fn"].support.is_discrete]
+    if names:
+        raise ValueError(
+            f"`{owner}` cannot sample the discrete latent sites {names}: it follows gradients. Use "
+            f"{kernel_for_discrete(samples)}, which samples all latents."
+        )
 
 
 def _site_scale(site: dict[str, Any]) -> Any:
@@ -238,11 +302,7 @@ def latent_diffusion_sites(
     model: Callable[..., Any], rng_key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[DiffusionSite, ...]:
     """The latent diffusion sites of a model that was inspected before, in trace order."""
-    seen: dict[str, Any] = {}
-    seeded = handlers.seed(_LeaveOut(model, seen), rng_key)
-    trace = handlers.trace(handlers.substitute(seeded, substitute_fn=init_to_sample)).get_trace(
-        *args, **kwargs
-    )
+    trace, seen = traced_sites(model, rng_key, args, kwargs)
     return tuple(
         _diffusion_site(name, msg, trace[name])
         for name, msg in seen.items()
@@ -276,55 +336,48 @@ def _refuse_transformed(owner: str, name: str, fn: Any) -> None:
 
 
 def _refuse_dependent(
-    owner: str,
-    model: Callable[..., Any],
-    rng_key: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    sites: list[DiffusionSite],
-    others: dict[str, Any],
+    owner: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Raise if the score of a diffusion site depends on another latent site (other diffusion sites
-    included).
+    """Raise if the score of a diffusion site, latent or not, depends on a latent of the user's model.
+
+    What a composite conditions on is a latent here, of whatever type.
     """
-    latents = (
-        others | kwargs.get(GIBBS_SITES_KWARG, {}) | {site.name: jnp.zeros(site.shape) for site in sites}
-    )
-    floating = {
-        name: value for name, value in latents.items() if jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    }
-    fixed = {name: value for name, value in latents.items() if name not in floating}
+    inner = user_model(model)
     plain = {key: value for key, value in kwargs.items() if key != GIBBS_SITES_KWARG}
-    inner = _unconditioned(model)
+    observed: set[str] = set()
 
-    def scores(values: dict[str, Any]) -> dict[str, Array]:
-        seen: dict[str, Any] = {}
-        substituted = handlers.substitute(handlers.seed(_LeaveOut(inner, seen), rng_key), data=values | fixed)
-        handlers.trace(substituted).get_trace(*args, **plain)
-        result = {}
-        for site in sites:
-            prior = unwrap_prior(seen[site.name]["fn"])
-            assert prior is not None
-            x, t = jnp.zeros(prior.event_shape), jnp.asarray(prior.schedule.t_min, float)
-            result[site.name] = prior.score_fn(x, t)
-        return result
+    def latent_values() -> dict[str, Array]:
+        samples = {
+            n: s for n, s in traced_sites(inner, jr.key(0), args, plain)[0].items() if s["type"] == "sample"
+        }
+        observed.update(name for name, site in samples.items() if site["is_observed"])
+        return {name: jnp.asarray(site["value"]) for name, site in samples.items() if name not in observed}
 
-    closed, shapes = jax.make_jaxpr(scores, return_shape=True)(floating)
-    tainted = set(map(id, closed.jaxpr.invars))
-    for equation in closed.jaxpr.eqns:
-        if any(id(variable) in tainted for variable in equation.invars):
-            tainted |= set(map(id, equation.outvars))
-    for name, output in zip(sorted(shapes), closed.jaxpr.outvars, strict=True):
-        if id(output) in tainted:
-            raise ValueError(
-                f"The score of diffusion site {name!r} depends on another latent site. `{owner}` needs a "
-                f"score that is fixed "
-                "given the model's arguments: pass what it is conditioned on as data."
+    def scores(values: dict[str, Array]) -> dict[str, Any]:
+        _, seen = traced_sites(inner, jr.key(0), args, plain, values)
+        return {name: _all_of_score(unwrap_prior(msg["fn"])) for name, msg in seen.items()}
+
+    latents = jax.eval_shape(latent_values)
+    for name, names in dependence(scores, latents).items():
+        if not names:
+            continue
+        on = " and ".join(repr(other) for other in sorted(names))
+        by_values = not any(jnp.issubdtype(latents[other].dtype, jnp.floating) for other in names)
+        raise ValueError(
+            f"The score of {'observed ' * (name in observed)}diffusion site {name!r} depends on latent "
+            f"site{'s' * (len(names) > 1)} {on}, and `{owner}` needs scores that are fixed given the model's "
+            "arguments. Pass what it is conditioned on as data"
+            + (
+                ", or use NumPyro's `DiscreteHMCGibbs(NUTS(model))` with `density=ProbabilityFlow()`, whose "
+                "values are normalised and serve a discrete latent."
+                if by_values
+                else "."
             )
+        )
 
 
-def _unconditioned(model: Any) -> Any:
-    """The model inside NumPyro's `conditioned`, which hides sites that a composite conditions on."""
-    while isinstance(model, functools.partial) and model.func.__name__ == "_conditioned_model":
-        model = model.args[0]
-    return model
+def _all_of_score(prior: Any) -> list[Any]:
+    """All that a kernel asks of a prior's score: its value, and its energy where it has one."""
+    x, t = jnp.zeros(prior.event_shape), jnp.asarray(prior.schedule.t_min, float)
+    methods = [getattr(prior.score_fn, name, None) for name in ENERGY_METHODS]
+    return [method(x, t) for method in [prior.score_fn, *filter(callable, methods)]]

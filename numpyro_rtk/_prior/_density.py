@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, ArrayLike
 
 from numpyro_rtk._custom_types import Event, Scalar, ScoreFn
@@ -49,6 +47,10 @@ class AbstractLogDensity(eqx.Module):
         """Raise, naming what to use instead, unless this score, schedule and event can be served."""
 
     @abc.abstractmethod
+    def normalized(self, score_fn: Any) -> bool:
+        """Whether values are those of a density that integrates to 1, rather than up to a constant."""
+
+    @abc.abstractmethod
     def log_density(self, score_fn: ScoreFn, noise: NoiseRange, x: Event) -> Scalar:
         """Log density at `t_min` of one event."""
 
@@ -64,8 +66,8 @@ class AbstractLogDensity(eqx.Module):
 class EnergyDensity(AbstractLogDensity):
     """The network's own energy: `log_prob = -score_fn.energy(x, t_min)`.
 
-    *Law.* Exact, and normalised if the energy is (that of `GaussianMixtureScore` is; a network's usually is
-    not).
+    *Law.* Exact, and normalised if the score says that its energy is, by an attribute `normalized` that is
+    true: `GaussianMixtureScore` has it, `EnergyScore(energy_fn, normalized=True)` sets it.
 
     *Cost.* One evaluation of the energy for the value. With the gradient, one of `energy_and_score` where the
     score has that method, else one of each.
@@ -86,6 +88,9 @@ class EnergyDensity(AbstractLogDensity):
         shape = getattr(eqx.filter_eval_shape(energy, x, t), "shape", None)
         if shape != ():
             raise ValueError(f"`score_fn.energy` must return a scalar for one event, got shape {shape}.")
+
+    def normalized(self, score_fn: Any) -> bool:
+        return bool(getattr(score_fn, "normalized", False))
 
     def log_density(self, score_fn: ScoreFn, noise: NoiseRange, x: Event) -> Scalar:
         return -score_fn.energy(x, jnp.asarray(noise.t_min, x.dtype))  # pyright: ignore[reportFunctionMemberAccess]
@@ -164,6 +169,10 @@ class ProbabilityFlow(AbstractLogDensity):
                 f"`{type(schedule).__name__}` has steps. "
                 "Use `density=LineIntegral()`, which evaluates the score at t_min only."
             )
+
+    def normalized(self, score_fn: Any) -> bool:
+        del score_fn
+        return True
 
     def log_density(self, score_fn: ScoreFn, noise: NoiseRange, x: Event) -> Scalar:
         schedule = noise.schedule
@@ -283,6 +292,10 @@ class LineIntegral(AbstractLogDensity):
                 f"{event_shape}."
             )
 
+    def normalized(self, score_fn: Any) -> bool:
+        del score_fn
+        return False
+
     def log_density(self, score_fn: ScoreFn, noise: NoiseRange, x: Event) -> Scalar:
         t = jnp.asarray(noise.t_min, x.dtype)
         reference = jnp.zeros_like(x) if self.reference is None else self.reference.astype(x.dtype)
@@ -298,84 +311,3 @@ class LineIntegral(AbstractLogDensity):
 
     def log_density_and_score(self, score_fn: ScoreFn, noise: NoiseRange, x: Event) -> tuple[Scalar, Event]:
         return self.log_density(score_fn, noise, x), score_fn(x, jnp.asarray(noise.t_min, x.dtype))
-
-
-class _Hoisted:
-    """A function of one event, traced once, with all arrays it closes over taken out as arguments."""
-
-    def __init__(self, function: Callable[[Event], Any], x: Event) -> None:
-        closed, out = jax.make_jaxpr(function, return_shape=True)(x)
-        self.arrays = list(closed.consts)
-        self._evaluate = jax.jit(lambda arrays, x: jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, arrays))(x))
-        self._structure = jax.tree.structure(out)
-
-    def __call__(self, arrays: list[Any], x: Event) -> Any:
-        return jax.tree.unflatten(self._structure, self._evaluate(arrays, x))
-
-
-def log_density_with_score(
-    density: AbstractLogDensity, score_fn: ScoreFn, noise: NoiseRange, x: Event
-) -> Scalar:
-    """Log density of one event at `t_min`, whose derivative in `x` is the score at `t_min`: one evaluation.
-
-    In forward and reverse mode, under `vmap` and `jit`. The value is computed once, also together with the
-    gradient, and is not differentiated. The score may close over tracers of `jit` or `vmap`; if the
-    derivative with respect to one of them is asked for, this raises instead of dropping it.
-
-    Args:
-        density: How the value is computed.
-        score_fn: `score_fn(x, t)`.
-        noise: The noising process and its ends.
-        x: One event, floating point.
-
-    Raises:
-        ValueError: when differentiated with respect to something that `score_fn` closes over.
-    """
-    t = jnp.asarray(noise.t_min, x.dtype)
-    value_of = _Hoisted(lambda x: density.log_density(score_fn, noise, x), x)
-    joint = density.shares_evaluation(score_fn)
-    score_of = _Hoisted(
-        lambda x: density.log_density_and_score(score_fn, noise, x) if joint else score_fn(x, t),
-        x,
-    )
-
-    # Whatever the functions close over is an argument, so that its tangent is seen below: a custom derivative
-    # does not see, and would drop, the derivative with respect to what it closes over.
-    @jax.custom_jvp
-    def log_density(x: Event, value_arrays: list[Any], score_arrays: list[Any]) -> Scalar:
-        del score_arrays
-        return value_of(value_arrays, x)
-
-    def rule(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
-        x, value_arrays, score_arrays = primals
-        x_tangent, *other_tangents = tangents
-        is_zero = [
-            isinstance(leaf, SymbolicZero)
-            for leaf in jax.tree.leaves(other_tangents, is_leaf=_is_symbolic_zero)
-        ]
-        if not all(is_zero):
-            raise ValueError(
-                "The log density of a `DiffusionPrior` was differentiated with respect to something that its "
-                "`score_fn` (or "
-                "`density`) depends on, such as another latent of the model. Its derivative is the score, in "
-                "`x` only; "
-                "the derivative in anything else would be dropped and the posterior be wrong. Sample that "
-                "latent in a block "
-                "that takes no gradient in it, make it data, or cut the dependence with "
-                "`jax.lax.stop_gradient` if you mean to."
-            )
-        if isinstance(x_tangent, SymbolicZero):
-            value = log_density(x, value_arrays, score_arrays)
-            return value, jnp.zeros_like(value)
-        if joint:
-            value, score = score_of(score_arrays, x)
-        else:
-            value, score = log_density(x, value_arrays, score_arrays), score_of(score_arrays, x)
-        return value, jnp.sum(score * x_tangent)
-
-    log_density.defjvp(rule, symbolic_zeros=True)
-    return log_density(x, value_of.arrays, score_of.arrays)
-
-
-def _is_symbolic_zero(leaf: Any) -> bool:
-    return isinstance(leaf, SymbolicZero)

@@ -26,10 +26,11 @@ from numpyro_rtk._prior._density import (
     AbstractLogDensity,
     EnergyDensity,
     LineIntegral,
-    log_density_with_score,
     NoiseRange,
     ProbabilityFlow,
 )
+from numpyro_rtk._prior._derivative import log_density_with_score
+from numpyro_rtk._prior._latents import running_latents
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_inner
 from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
@@ -94,8 +95,9 @@ class DiffusionPrior(dist.Distribution):
     *Density.* Its gradient is the score at `t_min`, one evaluation, in forward and reverse mode. The value is
     `density`'s: the energy of the network if there is one, else the probability flow, or above 100 dimensions
     a line integral of the score. What each costs is on its own page. The score may depend on other values (a
-    network's weights, arguments of the model), but not on something that the log density is differentiated
-    with respect to, such as another latent under NUTS: this is refused.
+    network's weights, arguments of the model). Where it depends on a latent of the model, a density that is
+    not normalised is refused, and so is the derivative with respect to that latent, which NUTS asks for;
+    values of `ProbabilityFlow()` serve kernels that ask for values alone, such as `DiscreteGibbs`.
 
     Args:
         score_fn: `score_fn(x, t)`: one event, scalar time, returns the score in the shape of `x`.
@@ -157,6 +159,7 @@ class DiffusionPrior(dist.Distribution):
         density.check(score_fn, schedule, shape)
         self._parts = (score_fn, schedule, inner, density)
         self._times = tuple(times.tolist())
+        self._latents = running_latents()
         super().__init__((), shape, validate_args=validate_args)
 
     def __repr__(self) -> str:
@@ -235,7 +238,7 @@ class DiffusionPrior(dist.Distribution):
         leaves = [next(arrays) if dynamic else leaf for dynamic, leaf in zip(is_array, static, strict=True)]
         prior = cls.__new__(cls)
         prior._parts = jax.tree.unflatten(structure, leaves)
-        prior._times = times
+        prior._times, prior._latents = times, ()
         prior._batch_shape, prior._event_shape, prior._validate_args = batch_shape, event_shape, validate_args
         return prior
 
@@ -290,7 +293,7 @@ class DiffusionPrior(dist.Distribution):
         noise = NoiseRange(self.schedule, t_min=self._times[-1], t_max=self._times[0])
 
         def log_density(x: Event) -> Array:
-            return log_density_with_score(self.density, self.score_fn, noise, x)
+            return log_density_with_score(self.density, self.score_fn, noise, x, self._latents)
 
         if num_batch == 0:
             return log_density(x)

@@ -1,7 +1,7 @@
 """Scores that know their energy: energy networks and Gaussian mixtures."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -20,9 +20,12 @@ class EnergyScore(eqx.Module):
     Args:
         energy_fn: `energy_fn(x, t)`, one event, returns the scalar `-log p_t(x)` up to a constant that
             may depend on `t`.
+        normalized: Whether the constant is 0: `exp(-energy_fn(x, t))` integrates to 1 at every `t`, and for
+            every value of anything else that it depends on.
     """
 
     energy_fn: Callable[..., Any]
+    normalized: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self) -> None:
         if not callable(self.energy_fn):
@@ -68,6 +71,8 @@ class GaussianMixtureScore(eqx.Module):
     eigenvalues: Float[Array, "components dim"]
     eigenvectors: Float[Array, "components dim dim"]
     schedule: AbstractNoiseSchedule
+    normalized: ClassVar[bool] = True
+    """Its energy is normalised."""
 
     def __init__(
         self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike, schedule: AbstractNoiseSchedule

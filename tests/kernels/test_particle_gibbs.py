@@ -464,7 +464,7 @@ REFUSED = [
     (discrete_left_over, (Y,), {}, r"other latent sites: \['k'\]"),
     (enumerated, (Y,), {}, "enumerated sites: 'k'"),
     (subsampled, (Y,), {}, "plate 'n' takes 1 of 2"),
-    (dependent, (Y,), {}, "score of diffusion site 'x' depends on another latent site"),
+    (dependent, (Y,), {}, "score of diffusion site 'x' depends on latent site 'first'"),
     (scanned, (Y,), {}, "inside a `scan`"),
     (masked_prior, (Y,), {}, "'x' has a mask"),
     (scaled_prior, (Y,), {}, "'x' has a scale"),

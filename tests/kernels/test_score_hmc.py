@@ -516,7 +516,7 @@ def with_dynamic_support():
 @pytest.mark.parametrize(
     ("model", "options", "init_params", "error", "match"),
     [
-        (discrete, {}, None, ValueError, "'k' is discrete.*DiscreteGibbs"),
+        (discrete, {}, None, ValueError, r"discrete latent sites \['k'\].*RTKGibbs\(Discrete"),
         (no_diffusion, {}, None, ValueError, "needs a model with a latent `DiffusionPrior`"),
         (
             simple,

@@ -392,14 +392,20 @@ def test_svi_and_reparam():
     np.testing.assert_allclose(draws["x"].mean(0), 0.8 * y, atol=0.12)
 
 
-def test_a_score_that_depends_on_a_latent_is_refused_under_nuts():
+@pytest.mark.parametrize(
+    ("density", "match"),
+    [
+        (rtk.LineIntegral(), r"latent site 'shift', and its `density=LineIntegral\(\)` gives values up to"),
+        (rtk.ProbabilityFlow(), "differentiated with respect to something that its `score_fn`"),
+    ],
+)
+def test_a_score_that_depends_on_a_latent_is_refused_under_nuts(density, match):
     def dependent():
         shift = numpyro.sample("shift", dist.Normal())
-        numpyro.sample(
-            "x", rtk.DiffusionPrior(lambda x, t: -(x - shift), (3,), density=rtk.LineIntegral(), segments=4)
-        )
+        prior = rtk.DiffusionPrior(lambda x, t: -(x - shift), (3,), density=density, segments=4)
+        numpyro.sample("x", prior)
 
-    with pytest.raises(ValueError, match="differentiated with respect to something that its `score_fn`"):
+    with pytest.raises(ValueError, match=match):
         run_nuts(dependent, num_warmup=1, num_samples=1)
 
 
