@@ -10,7 +10,8 @@ from jaxtyping import Array
 from numpyro import handlers
 
 from numpyro_rtk._custom_types import Event, Scalar
-from numpyro_rtk._numpyro._sites import _site_scale, without_diffusion
+from numpyro_rtk._numpyro._dependence import dependence
+from numpyro_rtk._numpyro._sites import _site_scale, without_diffusion, WRAPPERS
 from numpyro_rtk._smc._twist import Terms
 
 
@@ -29,37 +30,57 @@ class Likelihood:
     ) -> None:
         self._model, self._args, self._kwargs = without_diffusion(model), args, kwargs
         self._gaussian = gaussian
+        self._dependent: frozenset[str] | None = None
 
-    def _sites(self, x: dict[str, Event]) -> list[dict[str, Any]]:
+    def _sites(self, x: dict[str, Event]) -> dict[str, dict[str, Any]]:
         model = handlers.substitute(handlers.seed(self._model, jr.key(0)), data=x)
         trace = handlers.trace(model).get_trace(*self._args, **self._kwargs)
-        return [site for name, site in trace.items() if site["type"] == "sample" and name not in x]
+        return {n: site for n, site in trace.items() if site["type"] == "sample" and n not in x}
 
-    def __call__(self, x: dict[str, Event]) -> Scalar:
-        """Log likelihood of one value of all diffusion sites (batch shapes included)."""
-        return sum((_log_prob(site) for site in self._sites(x)), start=jnp.zeros(()))
+    def _observations(self, x: dict[str, Event]) -> frozenset[str]:
+        """Sites whose log probability depends on `x`, by a walk that is made once."""
+        if self._dependent is None:
+            shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in x.items()}
+            reached = dependence(
+                lambda x: {name: _log_prob(site) for name, site in self._sites(x).items()}, shapes
+            )
+            self._dependent = frozenset(name for name, names in reached.items() if names)
+        return self._dependent
 
     def terms(self, x: dict[str, Event]) -> Terms:
-        """The same, with Gaussian observations apart."""
-        residuals, log_normalizer, other = [], jnp.zeros(()), jnp.zeros(())
-        for site in self._sites(x):
-            split = _gaussian_terms(site) if self._gaussian else None
-            if split is None:
-                other += _log_prob(site)
-            else:
-                residuals.append(split[0])
+        """Log likelihood of one value of all diffusion sites (batch shapes included), split for a twist.
+
+        Sites that do not depend on the diffusion sites are no observations of them: a constant in
+        `log_normalizer`, which is never tempered.
+        """
+        observations = self._observations(x)
+        whitened, log_normalizer, other, log_prob = [], jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+        for name, site in self._sites(x).items():
+            own = _log_prob(site)
+            log_prob += own
+            split = _gaussian_terms(site) if self._gaussian and name in observations else None
+            if split is not None:
+                whitened.append(split[0])
                 log_normalizer += split[1]
-        return Terms(jnp.concatenate(residuals) if residuals else jnp.zeros(0), log_normalizer, other)
+            elif name in observations:
+                other += own
+            else:
+                log_normalizer += own
+        return Terms(jnp.concatenate(whitened) if whitened else jnp.zeros(0), log_normalizer, other, log_prob)
 
 
 def _log_prob(site: dict[str, Any]) -> Scalar:
-    log_prob = site["fn"].log_prob(site["value"], *filter(None, [site["intermediates"]]))
+    # Laws of plates are narrower than their values, and NumPyro lets shapes broadcast.
+    with jax.numpy_rank_promotion("allow"):
+        log_prob = site["fn"].log_prob(site["value"], *filter(None, [site["intermediates"]]))
     scale = _site_scale(site)
     return jnp.sum(log_prob if scale is None else scale * log_prob)
 
 
 def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
-    """Whitened residuals and log normalizer of a Gaussian site, or `None` if it is not Gaussian."""
+    """Whitened residuals and log normalizer of a Gaussian site, or `None` if its law is not `Normal` or
+    `MultivariateNormal` itself.
+    """
     fn: Any = site["fn"]
     if _site_scale(site) is not None or site["intermediates"]:
         return None
@@ -67,9 +88,8 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
     shape: Any = jnp.broadcast_shapes(jnp.shape(site["value"]), fn.shape())
     value = jnp.broadcast_to(site["value"], shape)
     mask: Any = True
-    wrappers: Any = dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution
-    while isinstance(fn, wrappers):
-        if isinstance(fn, dist.MaskedDistribution):
+    while type(fn) in WRAPPERS:
+        if type(fn) is dist.MaskedDistribution:
             if fn.event_shape:  # the mask is over events
                 flag = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * len(fn.event_shape))
             else:
@@ -79,7 +99,7 @@ def _gaussian_terms(site: dict[str, Any]) -> tuple[Array, Scalar] | None:
     shape = jnp.shape(value)
     mask = jnp.broadcast_to(mask, shape)
     loc: Any = getattr(fn, "loc", None)
-    if isinstance(fn, dist.Normal):
+    if type(fn) is dist.Normal:
         given_scale: Any = fn.scale
         scale = jnp.broadcast_to(given_scale, shape)
         whitened = (value - jnp.broadcast_to(loc, shape)) / scale

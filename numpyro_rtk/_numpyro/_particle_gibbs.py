@@ -607,8 +607,7 @@ class RTKParticleGibbs(MCMCKernel):
             return
 
         def log_likelihood(values: list[Array]) -> Array:
-            split = terms(jnp.concatenate([jnp.ravel(value) for value in values]))
-            return -0.5 * jnp.sum(split.whitened**2) + split.log_normalizer + split.other
+            return terms(jnp.concatenate([jnp.ravel(value) for value in values])).log_likelihood
 
         result = np.atleast_1d(
             np.asarray(jax.jit(jax.vmap(log_likelihood) if batched else log_likelihood)(values))
@@ -850,7 +849,7 @@ def _flatten_draws(sites: tuple[DiffusionSite, ...], draws: list[Array]) -> Arra
 
 def _check_likelihood(terms: Any) -> None:
     """Raise if the likelihood is impossible at every prior draw, or NaN at any."""
-    total = -0.5 * jnp.sum(terms.whitened**2, axis=-1) + terms.log_normalizer + terms.other
+    total = terms.log_likelihood
     if isinstance(total, Tracer):
         return
     total = np.asarray(total)

@@ -68,12 +68,14 @@ class Unweighted(dist.Distribution):
         )
 
 
+WRAPPERS: Any = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
+"""What `expand`, `to_event` and `mask` give; exact types, as a subclass may have a `log_prob` of its own."""
+
+
 def unwrap_prior(fn: Any) -> DiffusionPrior | None:
     """The diffusion prior inside `expand`, `to_event` and `mask`, or `None`."""
     while not isinstance(fn, DiffusionPrior):
-        if not isinstance(
-            fn, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution | Unweighted
-        ):
+        if type(fn) not in (*WRAPPERS, Unweighted):
             return None
         fn = fn.base_dist
     return fn
@@ -228,6 +230,13 @@ def inspect_model(
             )
     diffusion = []
     for name, msg in seen.items():
+        law: Any = type(unwrap_prior(msg["fn"]))
+        if law.log_prob is not DiffusionPrior.log_prob:
+            raise ValueError(
+                f"Diffusion site {name!r} has a `log_prob` of its own ({law.__name__}), and `{owner}` "
+                "samples the law of its score. Use a plain `DiffusionPrior`, and put the rest into the model "
+                "as a `numpyro.factor`."
+            )
         if samples[name]["is_observed"]:
             continue
         scale = _site_scale(samples[name])

@@ -180,7 +180,7 @@ class Posterior:
 
         def log_likelihood(x: Array) -> tuple[Scalar, Scalar]:
             terms = self.terms(x)
-            return terms.log_normalizer + terms.other - 0.5 * dot(terms.whitened, terms.whitened), terms.other
+            return terms.log_likelihood, terms.other
 
         score, energy = self.scores(jnp.asarray(self.num_levels - 1), x)
         (value, other), gradient = jax.value_and_grad(log_likelihood, has_aux=True)(x)
@@ -220,7 +220,9 @@ class Posterior:
         twist = evaluate_twist(
             terms, prediction, self.error(level), jnp.exp(self.log_beta[level]), self.blocks
         )
-        log_twist = jnp.where(jnp.isnan(twist.log_value), -jnp.inf, twist.log_value)
+        # At `t_min` it is the model's own log likelihood, whatever stands for it above.
+        log_value = jnp.where(level == self.num_levels - 1, twist.log_likelihood, twist.log_value)
+        log_twist = jnp.where(jnp.isnan(log_value), -jnp.inf, log_value)
         return Point(x, score, energy, log_twist, twist.gradient, twist.other)
 
     def prepared(self, level: Count, points: Point) -> Point:

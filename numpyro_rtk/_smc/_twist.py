@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Scalar
 from numpyro_rtk._moves._line_integral import dot
@@ -70,8 +70,8 @@ class TemperedTwist(AbstractTwist):
 
 
 class Terms(NamedTuple):
-    """A log likelihood, split as a twist needs it: the log likelihood is `-|whitened|^2 / 2` and the others,
-    summed.
+    """A log likelihood, split as a twist needs it: the sum of `-|whitened|^2 / 2`, `log_normalizer` and
+    `other`.
     """
 
     whitened: Array
@@ -80,6 +80,15 @@ class Terms(NamedTuple):
     """Their log normalizer, `-sum(log scale)` and constants."""
     other: Scalar
     """Log probability of everything else."""
+    log_prob: Scalar | None = None
+    """The whole as the model's own laws give it; `None`: as the parts do."""
+
+    @property
+    def log_likelihood(self) -> Scalar:
+        """The log likelihood, as the model has it."""
+        if self.log_prob is not None:
+            return self.log_prob
+        return self.log_normalizer + self.other - 0.5 * dot(self.whitened, self.whitened)
 
 
 class LevelError(NamedTuple):
@@ -99,6 +108,8 @@ class TwistPoint(NamedTuple):
     """Gradient with respect to the denoised point, shape `(dim,)`, with the covariance held fixed."""
     other: Scalar
     """Log probability of what is tempered, at power one."""
+    log_likelihood: Scalar
+    """Log likelihood of the denoised point, as the model has it."""
 
 
 class Linearization(NamedTuple):
@@ -147,11 +158,16 @@ def evaluate_twist(
         beta: Power of what is not Gaussian.
         blocks: `(batch_size, event_size)` of each site.
     """
-    (whitened, log_normalizer, other), vjp = jax.vjp(lambda x: tuple(terms(x)), x)
+
+    def parts(x: Array) -> tuple[Any, Scalar]:
+        split = terms(x)
+        return (split.whitened, split.log_normalizer, split.other), split.log_likelihood
+
+    (whitened, log_normalizer, other), vjp, log_likelihood = jax.vjp(parts, x, has_aux=True)
     size, one = whitened.shape[0], jnp.ones((), x.dtype)
     if size == 0:
         (gradient,) = vjp((whitened, one, beta))
-        return TwistPoint(beta * other + log_normalizer, gradient, other)
+        return TwistPoint(beta * other + log_normalizer, gradient, other, log_likelihood)
     if size <= MAX_EXACT_OBSERVATIONS:
         eye, zero = jnp.eye(size, dtype=x.dtype), jnp.zeros((), x.dtype)
         (jacobian,) = jax.vmap(lambda row: vjp((row, zero, zero)))(eye)
@@ -173,7 +189,7 @@ def evaluate_twist(
         log_value = -0.5 * (dot(whitened, weighted) + jnp.sum(jnp.log(diagonal)))
         log_value -= jnp.sum(jnp.log(jnp.diagonal(cholesky)))
         (gradient,) = vjp((-weighted, one, beta))
-    return TwistPoint(log_value + log_normalizer + beta * other, gradient, other)
+    return TwistPoint(log_value + log_normalizer + beta * other, gradient, other, log_likelihood)
 
 
 def _low_rank(
@@ -217,10 +233,3 @@ def linearize_twist(
     sd = jnp.sqrt(diagonal + jnp.sum(factor**2, axis=0))
     (columns,) = jax.vmap(vjp)(_probes(size, x.dtype) / sd[None])
     return Linearization(none, jnp.mean(columns**2, axis=0))
-
-
-def all_finite_terms(terms: Terms) -> Bool[Array, ""]:
-    """Whether a likelihood is usable."""
-    return (
-        jnp.all(jnp.isfinite(terms.whitened)) & jnp.isfinite(terms.log_normalizer) & jnp.isfinite(terms.other)
-    )

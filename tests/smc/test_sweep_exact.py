@@ -73,7 +73,7 @@ def posterior_of(informed, log_beta, twist="gaussian", cls=Posterior):
     """`informed` is 1, or 0 for a constant likelihood, with any twist."""
 
     def terms(x):
-        whitened, log_normalizer, _ = GAUSSIAN(x)
+        whitened, log_normalizer, *_ = GAUSSIAN(x)
         if twist == "gaussian":
             return Terms(informed * whitened, informed * log_normalizer, jnp.zeros(()))
         return Terms(jnp.zeros(0), jnp.zeros(()), informed * (log_normalizer - 0.5 * jnp.sum(whitened**2)))
