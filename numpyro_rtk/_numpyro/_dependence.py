@@ -51,7 +51,10 @@ def _through_equation(equation: Any, taken: list[Names]) -> list[Names]:
         return [everything] * len(equation.outvars)
     name, num_results = equation.primitive.name, len(equation.outvars)
     if name == "scan":
-        return _through_loop(params["jaxpr"].jaxpr, taken, params["num_consts"], params["num_carry"])
+        num_consts, num_carry, num_slices = _scan_sizes(params, len(taken))
+        if num_consts + num_carry + num_slices == len(taken):
+            return _through_loop(params["jaxpr"].jaxpr, taken, num_consts, num_carry)
+        return [everything] * num_results
     if name == "while":
         start = params["cond_nconsts"]
         after = start + params["body_nconsts"]
@@ -68,6 +71,15 @@ def _through_equation(equation: Any, taken: list[Names]) -> list[Names]:
         if len(jaxpr.invars) == len(taken) and len(jaxpr.outvars) == num_results:
             return _through(jaxpr, taken)
     return [everything] * num_results
+
+
+def _scan_sizes(params: dict[str, Any], num_taken: int) -> tuple[int, int, int]:
+    """Numbers of constants, of values carried and of values sliced, as older and newer JAX write them."""
+    if "num_consts" in params:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        return num_consts, num_carry, num_taken - num_consts - num_carry
+    consts, carry, slices = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry)), len(list(slices))
 
 
 def _through_loop(body: Jaxpr, taken: list[Names], num_consts: int, num_carry: int) -> list[Names]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import numpyro
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 from numpyro import handlers
@@ -124,8 +125,8 @@ class ScoreHMC(MCMCKernel):
     step size; no error for priors that are Gaussian, and none for those whose `score_fn` has a method
     `energy`, which is then used. Measured on skewed, quartic and bimodal laws in 10 dimensions from scores
     alone: means and variances within 0.4 % at an acceptance of 0.96, 1 % at 0.92 and 2 % at 0.8, hence the
-    high default of `target_accept_prob` (`tests/moves/test_leapfrog.py`; the plain trapezoid rule is ten times
-    worse, as bad as no accept step). Trajectories whose steps are too coarse for the line integral are
+    high default of `target_accept_prob` (`tests/moves/test_leapfrog.py`; the plain trapezoid rule is ten
+    times worse, as bad as no accept step). Trajectories whose steps are too coarse for the line integral are
     rejected and set `unresolved`, which warmup counts as acceptance 0; many of them after the warmup call for
     a higher `target_accept_prob`. It moves within modes and between close ones; for modes far apart use
     `RTKParticleGibbs`, or `RTKGibbs`.
@@ -133,8 +134,9 @@ class ScoreHMC(MCMCKernel):
     *Cost.* One score evaluation per leapfrog step and event of each diffusion site, in
     `state.num_score_evals`. The end of a trajectory is the start of the next. Chains that are vectorized wait
     for the longest trajectory among them. `init` makes `16 * 40 + 16` evaluations per site for the initial
-    mass matrix, two to check the score, and those of the annealed start (`RTKParticleGibbs` with 2 particles:
-    two unconditional sweeps, 24 levels of 8 guided steps, three times over where there are other latents).
+    mass matrix, 40 for a draw at which the other latents are made valid, two to check the score, and those of
+    the annealed start (`RTKParticleGibbs` with 2 particles: two unconditional sweeps, 24 levels of 8 guided
+    steps, three times over where there are other latents).
 
     *Warmup* is that of NumPyro's `HMC` (`warmup_adapter`: the same windows, dual averaging and
     regularisation). The mass matrix of diffusion sites starts from `E[score^2]` of prior draws. Each
@@ -286,14 +288,24 @@ class ScoreHMC(MCMCKernel):
         arrays, rebuild = _hoist(sites)
         evaluate = self._evaluate(sites, rebuild(arrays.arrays), model_args, kwargs)
         model_key, start_key, chain_key = _split(rng_key, 3)
-        z, *_ = initialize_model(
-            model_key,
-            without_diffusion(self._model),
-            init_strategy=self._init_strategy,
-            dynamic_args=True,
-            model_args=model_args,
-            model_kwargs=kwargs,
-        )[0]
+        # The others are valid where the diffusion sites are draws of their priors, which a likelihood without
+        # a link function may need; a placeholder would do for hardly any.
+        x = _prior_values(sites, arrays.arrays, rebuild, dtype)
+        here = x | {name: given[name][0] if batched else given[name] for name in x if name in given}
+        with numpyro.validation_enabled(False):
+            z, *_ = initialize_model(
+                model_key,
+                handlers.condition(without_diffusion(self._model), here),
+                init_strategy=self._init_strategy,
+                dynamic_args=True,
+                model_args=model_args,
+                model_kwargs=kwargs,
+            )[0]
+        z |= (
+            jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(rng_key), *leaf.shape)), x)
+            if batched
+            else x
+        )
         z |= given
         if not {site.name for site in sites} <= set(given):
             others = {name: value for name, value in z.items() if name not in {site.name for site in sites}}
@@ -655,6 +667,23 @@ def _over_batch(function: Callable[[Event], Any], site: DiffusionSite, x: Array)
     for _ in site.batch_shape:
         function = jax.vmap(function)
     return function(x)
+
+
+def _prior_values(
+    sites: tuple[DiffusionSite, ...], arrays: Any, rebuild: Callable[[Any], dict[str, Any]], dtype: Any
+) -> Leaves:
+    """A prior draw of every site, with a fixed key; elements of a batch are alike."""
+
+    @jax.jit
+    def values(arrays: Any) -> Leaves:
+        score_fns, draws = rebuild(arrays), {}
+        for site in sites:
+            prior, score_fn = site.prior, score_fns[site.name]
+            draw = prior_draws(jr.key(1), score_fn, prior.schedule, prior.event_shape, dtype, 1)[0]
+            draws[site.name] = jnp.broadcast_to(jnp.where(jnp.isfinite(draw), draw, 0.0), site.shape)
+        return draws
+
+    return values(arrays)
 
 
 def _prior_scales(

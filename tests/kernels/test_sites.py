@@ -65,6 +65,10 @@ FUNCTIONS = {
     "scanned": (lambda a, b: jax.lax.scan(lambda c, x: (c, x), a, b[None]), ["a", "b"]),
     "while": (_while, ["ab", "ab"]),
     "fori": (lambda a, b: jax.lax.fori_loop(0, 3, lambda i, c: c + a, 0.0), ["a"]),
+    "gradient of a scan": (
+        lambda a, b: jax.jvp(lambda a: jax.lax.scan(lambda c, x: (c * a, x), a, b[None]), (a,), (a,)),
+        ["a", "b", "a", ""],
+    ),
     "gradient": (lambda a, b: jax.grad(lambda a: a**2 * b)(a), ["ab"]),
     "vmap": (lambda a, b: jax.vmap(lambda x: x * a)(jnp.ones(3)), ["a"]),
     "callback": (_callback, ["ab"]),
@@ -300,3 +304,30 @@ def test_discrete_latents_are_told_the_kernel_that_works(more):
         assert f"`{advice}`" in str(error.value)
     state = eval(advice, names).init(jr.key(0), 1, None, (Z,), {})
     assert {"label", "x"} <= set(state.z)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["RTKParticleGibbs", "RTKGibbs", "ScoreHMC"])
+def test_a_rate_without_a_link(name):
+    def model(y):
+        x = numpyro.sample("x", rtk.DiffusionPrior(score_of_rates, (4,)))
+        numpyro.sample("y", dist.Poisson(x).to_event(1), obs=y)
+
+    def score_of_rates(x, t):
+        alpha, sigma = jnp.exp(-t), jnp.sqrt(-jnp.expm1(-2 * t))
+        return -(x - 5.0 * alpha) / (0.25 * alpha**2 + sigma**2)
+
+    kernel = {
+        "RTKParticleGibbs": lambda: rtk.RTKParticleGibbs(model, segments=12, num_pilot_draws=32),
+        "RTKGibbs": lambda: rtk.RTKGibbs(NUTS(model), segments=12, num_pilot_draws=32),
+        "ScoreHMC": lambda: rtk.ScoreHMC(model),
+    }[name]()
+    mcmc = MCMC(kernel, num_warmup=150, num_samples=600, progress_bar=False)
+    mcmc.run(jr.key(0), jnp.full(4, 9))
+    grid = np.linspace(2.0, 9.0, 2001)
+    log_posterior = -((grid - 5.0) ** 2) / 0.5 + 9 * np.log(grid) - grid
+    weights = np.exp(log_posterior - log_posterior.max())
+    right = weights @ grid / weights.sum()
+    np.testing.assert_allclose(np.asarray(mcmc.get_samples()["x"]).mean(), right, atol=0.08)
+    # The data move the mean by more than that.
+    assert abs(right - 5.0) > 0.15
