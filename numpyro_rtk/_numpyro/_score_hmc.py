@@ -291,7 +291,8 @@ class ScoreHMC(MCMCKernel):
         # The others are valid where the diffusion sites are draws of their priors, which a likelihood without
         # a link function may need; a placeholder would do for hardly any.
         x = _prior_values(sites, arrays.arrays, rebuild, dtype)
-        here = x | {name: given[name][0] if batched else given[name] for name in x if name in given}
+        here: dict[str, Any] = dict(x)
+        here |= {name: given[name][0] if batched else given[name] for name in x if name in given}
         with numpyro.validation_enabled(False):
             z, *_ = initialize_model(
                 model_key,

@@ -331,3 +331,20 @@ def test_a_rate_without_a_link(name):
     np.testing.assert_allclose(np.asarray(mcmc.get_samples()["x"]).mean(), right, atol=0.08)
     # The data move the mean by more than that.
     assert abs(right - 5.0) > 0.15
+
+
+@pytest.mark.slow
+def test_the_posterior_with_missing_values_written_as_the_message_says():
+    y = jnp.array([1.5, jnp.nan, -1.0])
+
+    def model(y):
+        x = numpyro.sample("x", rtk.DiffusionPrior(lambda x, t: -x, (3,)))
+        observed = ~jnp.isnan(y)
+        numpyro.sample("y", dist.Normal(x, 0.5).mask(observed).to_event(1), obs=jnp.nan_to_num(y))
+
+    kernel = rtk.RTKParticleGibbs(model, segments=12, num_pilot_draws=32)
+    mcmc = MCMC(kernel, num_warmup=150, num_samples=800, progress_bar=False)
+    mcmc.run(jr.key(0), y)
+    draws = np.asarray(mcmc.get_samples()["x"])
+    np.testing.assert_allclose(draws.mean(0), [1.2, 0.0, -0.8], atol=0.15)
+    np.testing.assert_allclose(draws.std(0), [0.2**0.5, 1.0, 0.2**0.5], rtol=0.12)
