@@ -11,6 +11,7 @@ from numpyro_rtk._custom_types import Event, RandomKey, ScoreFn
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import Levels, mean_prediction, segment_grid, terminal_sample
 from numpyro_rtk._noising._times import segment_times
+from numpyro_rtk._reverse._calibration import calibrate, Calibration
 from numpyro_rtk._reverse._gaussian import GaussianTransition
 from numpyro_rtk._reverse._pass import default_tuning, reverse_pass
 
@@ -38,6 +39,8 @@ class Pilot(NamedTuple):
     """
     curvature: Array
     """Shape `(levels, *event)`: curvature of `-log p_t` by coordinate, `E score^2`, at most `1 / sigma^2`."""
+    calibration: Calibration
+    """Shape `(levels, draws)`: how well the score fits the noise that was added."""
 
 
 def prior_draws(
@@ -79,17 +82,20 @@ def run_pilot(key: RandomKey, score_fn: ScoreFn, levels: Levels, draws: Array) -
         draws: Draws of the prior at `t_min`, shape `(draws, *event)`.
     """
 
-    def at_level(inputs: tuple[RandomKey, Levels]) -> tuple[Array, Array, Array]:
+    def at_level(inputs: tuple[RandomKey, Levels]) -> Pilot:
         key, level = inputs
-        x = level.a * draws + jnp.sqrt(level.v) * jr.normal(key, draws.shape, draws.dtype)
+        noise = jr.normal(key, draws.shape, draws.dtype)
+        x = level.a * draws + jnp.sqrt(level.v) * noise
         scores = jax.vmap(lambda x: score_fn(x, level.t))(x)
         residuals = draws - jax.vmap(lambda x, score: mean_prediction(level, x, score))(x, scores)
         bound = 1 / level.sigma**2
         curvature = jnp.clip(_shrunk_mean_square(scores), MIN_RELATIVE_CURVATURE * bound, bound)
-        return residuals, _shrunk_mean_square(residuals), curvature
+        return Pilot(
+            residuals, _shrunk_mean_square(residuals), curvature, calibrate(noise, x, scores, level.v)
+        )
 
     keys = jr.split(key, levels.t.shape[0])
-    return Pilot(*jax.lax.map(at_level, (keys, levels)))
+    return jax.lax.map(at_level, (keys, levels))
 
 
 def _shrunk_mean_square(values: Array) -> Event:

@@ -1,7 +1,6 @@
 """Checks of a score callable; none needs the value of a traced array."""
 
 import math
-import sys
 import warnings
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax.core import Tracer
 
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import SegmentGrid, terminal_sample, terminal_variance
+from numpyro_rtk._user import user_stack_level
 
 
 def check_score_fn(score_fn: Any) -> None:
@@ -119,15 +119,6 @@ def check_score_shape(
         )
 
 
-def _user_stack_level() -> int:
-    """Stack level of the first frame outside NumPyro, JAX and this package."""
-    libraries = ("numpyro", "numpyro_rtk", "jax", "equinox", "contextlib", "functools")
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 CONVENTION_TOLERANCE = 0.3
 """How far `-<x, score> / |x|^2` at the top of the grid may be from its value under noise, relatively."""
 
@@ -178,5 +169,5 @@ def check_first_call(
             "the schedule, "
             "and that the grid starts where hardly any signal is left.",
             UserWarning,
-            stacklevel=_user_stack_level(),
+            stacklevel=user_stack_level(),
         )

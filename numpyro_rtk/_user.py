@@ -1,0 +1,20 @@
+"""Where the user's own line is, so that what is said points to it."""
+
+import sys
+
+
+_LIBRARIES = ("numpyro", "numpyro_rtk", "jax", "equinox", "contextlib", "functools")
+
+
+def user_stack_level() -> int:
+    """Stack level of the first frame outside NumPyro, JAX and this package, for `warnings.warn`."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def user_line() -> tuple[str, int]:
+    """File and line of that frame."""
+    frame = sys._getframe(user_stack_level() - 1)
+    return frame.f_code.co_filename, frame.f_lineno
