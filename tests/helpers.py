@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rtk import Cosine, DiscreteVP, EDM, FlowMatching, OU, VE, VP
+from numpyro_rtk._noising._grid import Segment
 from numpyro_rtk._reverse._segment import ReverseTransition
+from numpyro_rtk._score._model import resolve_score
 
 
 DDPM_ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -64,6 +66,5 @@ def make_target(score_fn, schedule, s, t, x_t, score_t=None):
         ]
     s, t, a, v, sigma_s, alpha_t = (jnp.asarray(value, x_t.dtype) for value in values)
     score_t = score_fn(x_t, t) if score_t is None else score_t
-    return ReverseTransition(
-        score_fn=score_fn, x_t=x_t, score_t=score_t, s=s, t=t, a=a, v=v, sigma_s=sigma_s, alpha_t=alpha_t
-    )
+    segment = Segment(t=t, s=s, a=a, v=v, alpha_t=alpha_t, sigma_s=sigma_s)
+    return ReverseTransition(resolve_score(score_fn), x_t, score_t, segment)

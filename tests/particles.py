@@ -11,11 +11,14 @@ import numpy as np
 from scipy import stats
 
 import numpyro_rtk as rtk
-from numpyro_rtk._noising._grid import noise_levels, segment_grid
+from numpyro_rtk._noising._grid import noise_grid
+from numpyro_rtk._noising._terminal import standard_terminal
 from numpyro_rtk._noising._times import segment_times
 from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentResult
 from numpyro_rtk._reverse._pilot import run_pilot
-from numpyro_rtk._smc._posterior import Posterior, SiteLaw
+from numpyro_rtk._score._model import resolve_score, ScoreModel
+from numpyro_rtk._smc._point import SiteLaw
+from numpyro_rtk._smc._posterior import Likelihoods, Posterior
 from numpyro_rtk._smc._twist import Terms
 
 
@@ -108,16 +111,20 @@ def make_law(
     batch_size=1,
     num_draws=256,
     draws=None,
-    has_energy=True,
 ):
     """A site's law, its levels measured from exact draws where given."""
     times = segment_times(schedule, segments) if times is None else times
-    levels = noise_levels(schedule, times, jnp.result_type(float))
+    grid = noise_grid(schedule, times, jnp.result_type(float))
     if draws is None:
-        draws = score.sample(jr.key(100), num_draws, levels.t[-1])
-    pilot = jax.jit(lambda draws: run_pilot(jr.key(101), score, levels, draws))(draws)
-    grid = segment_grid(schedule, times, jnp.result_type(float))
-    return SiteLaw(score, has_energy, grid, levels, pilot, shape, batch_size)
+        draws = score.sample(jr.key(100), num_draws, grid.t[-1])
+    model = resolve_score(score)
+    pilot = jax.jit(lambda draws: run_pilot(jr.key(101), model, grid, draws))(draws)
+    return SiteLaw(model, grid, standard_terminal(grid, shape), pilot, shape, batch_size)
+
+
+def without_energy(law):
+    """The same law, known by its score alone."""
+    return law._replace(score_fn=ScoreModel(law.score_fn.score))
 
 
 def linear_terms(operator, sd, y):
@@ -146,9 +153,23 @@ def constant_terms(x):
     return Terms(jnp.zeros(0), jnp.zeros(()), 0.0 * jnp.sum(x))
 
 
-def make_posterior(law, terms, inner, log_beta=None, cls=Posterior):
-    num_levels = law.levels.t.shape[0]
-    return cls((law,), terms, inner, jnp.zeros(num_levels) if log_beta is None else jnp.asarray(log_beta))
+FLOOR = -40.0
+
+
+def likelihoods_of(terms, dim, center=None):
+    """A likelihood given by its terms; twists are linearised at 0 by default."""
+    center = jnp.zeros(dim) if center is None else jnp.asarray(center, jnp.result_type(float))
+    return Likelihoods(terms, jnp.asarray(FLOOR), center)
+
+
+def with_own(terms, log_prob):
+    """The same terms of a model whose own log likelihood is another one."""
+    return lambda x: terms(x)._replace(log_prob=log_prob(x))
+
+
+def make_posterior(law, terms, inner, log_beta=None, cls=Posterior, center=None):
+    log_beta = jnp.zeros(law.grid.num_levels) if log_beta is None else jnp.asarray(log_beta)
+    return cls((law,), likelihoods_of(terms, law.size, center), inner, log_beta)
 
 
 class ExactReverse(AbstractInnerKernel):
@@ -158,7 +179,6 @@ class ExactReverse(AbstractInnerKernel):
 
     mixture: Mixture
     schedule: rtk.AbstractNoiseSchedule
-    uses_score_at_start = False
     adapts_step_size = False
     needs_energy = False
     evaluations_per_segment = 0
@@ -170,20 +190,21 @@ class ExactReverse(AbstractInnerKernel):
     def run_segment(self, key, target, entry, tuning):
         del tuning
         pick_key, noise_key = jr.split(key)
-        alpha, sigma = self.schedule.alpha(target.s), self.schedule.sigma(target.s)
+        a, v = target.segment.a, target.segment.v
+        alpha, sigma = self.schedule.alpha(target.segment.s), self.schedule.sigma(target.segment.s)
         weights, means, covariances = (jnp.asarray(part, target.x_t.dtype) for part in self.mixture)
         eye = jnp.eye(means.shape[1])[None]
         means, covariances = alpha * means, alpha**2 * covariances + sigma**2 * eye
-        noised = target.a**2 * covariances + target.v * eye
-        residual = target.x_t[None] - target.a * means
+        noised = a**2 * covariances + v * eye
+        residual = target.x_t[None] - a * means
         whitened = jnp.linalg.solve(noised, residual[..., None])[..., 0]
         log_weights = jnp.log(weights) - 0.5 * (
             jnp.sum(residual * whitened, -1) + jnp.linalg.slogdet(noised)[1]
         )
         k = jr.categorical(pick_key, log_weights)
-        mean = means[k] + target.a * covariances[k] @ whitened[k]
+        mean = means[k] + a * covariances[k] @ whitened[k]
         root = jnp.linalg.cholesky(
-            covariances[k] - target.a**2 * covariances[k] @ jnp.linalg.solve(noised[k], covariances[k])
+            covariances[k] - a**2 * covariances[k] @ jnp.linalg.solve(noised[k], covariances[k])
         )
         x = mean + root @ jr.normal(noise_key, mean.shape)
         no, zero = jnp.zeros((), bool), jnp.zeros_like(x)

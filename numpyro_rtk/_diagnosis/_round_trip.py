@@ -18,12 +18,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_rtk._custom_types import RandomKey, ScoreFn
+from numpyro_rtk._custom_types import RandomKey
 from numpyro_rtk._diagnosis._report import Finding
 from numpyro_rtk._diagnosis._significance import symmetric_limit
-from numpyro_rtk._noising._grid import Levels, SegmentGrid
+from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentTuning
 from numpyro_rtk._reverse._segment import ReverseTransition
+from numpyro_rtk._score._model import ScoreModel
 
 
 BATCH, NUM_BATCHES = 96, 11
@@ -54,9 +55,8 @@ class Travellers(NamedTuple):
 class Trip(NamedTuple):
     """All that round trips need, as arrays and static values."""
 
-    score_fn: ScoreFn
-    grid: SegmentGrid
-    levels: Levels
+    score_fn: ScoreModel
+    grid: NoiseGrid
     inner: AbstractInnerKernel
     tuning: SegmentTuning
     """Step sizes, shape `(segments,)`, and curvatures, shape `(segments, *event)` or `(segments,)`."""
@@ -73,12 +73,11 @@ def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers
         draws: Draws of the prior at `t_min`, shape `(draws, *event)`.
         index: Of the segment, from noise to data, scalar.
     """
-    score_fn, grid, levels, inner, tuning = trip
+    score_fn, grid, inner, tuning = trip
     scores_of = jax.vmap(score_fn, in_axes=(0, None))
     down_key, up_key, above_key, back_key = jr.split(key, 4)
-    segment = jax.tree.map(lambda leaf: leaf[index], grid)
-    above = jax.tree.map(lambda leaf: leaf[jnp.maximum(index - 1, 0)], grid)
-    x_s = _noised(down_key, draws, levels.a[index + 1], levels.v[index + 1])
+    segment, above = grid.segment(index), grid.segment(jnp.maximum(index - 1, 0))
+    x_s = _noised(down_key, draws, grid.total_a[index + 1], grid.total_v[index + 1])
     x_t = _noised(up_key, x_s, segment.a, segment.v)
     # What the segment before would have handed on.
     x_above = _noised(above_key, x_t, above.a, above.v)
@@ -87,17 +86,7 @@ def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers
     length = jnp.where(index == 0, 0.0, 0.5 * jnp.log1p(above.v / (above.a * above.sigma_s) ** 2))
 
     def back(key: RandomKey, x_t: Array, score_t: Array, data: Array) -> Any:
-        target = ReverseTransition(
-            score_fn=score_fn,
-            x_t=x_t,
-            score_t=score_t,
-            s=segment.s,
-            t=segment.t,
-            a=segment.a,
-            v=segment.v,
-            sigma_s=segment.sigma_s,
-            alpha_t=segment.alpha_t,
-        )
+        target = ReverseTransition(score_fn, x_t, score_t, segment)
         here = SegmentTuning(tuning.step_size[index], tuning.curvature[index])
         result = inner.run_segment(key, target, SegmentEntry(data, length), here)
         return result.x, ~(result.failed | result.diverging)

@@ -1,9 +1,9 @@
 r"""Hamiltonian trajectories where part of the log density is known only by its score.
 
-A position is a dict of arrays. The log density of some of its leaves, those with an entry in `Point.score`,
-is known only through its gradient; all the rest is a potential whose value is known, too. A trajectory has
-one evaluation of both per leapfrog step, and its energy error needs no more: the score is known along the
-path.
+A position is a dict of arrays. The log density of some of its leaves, those with an entry in
+`PathPoint.score`, is known only through its gradient; all the rest is a potential whose value is known, too.
+A trajectory has one evaluation of both per leapfrog step, and its energy error needs no more: the score is
+known along the path.
 
 **Energy error.** Write `g_k` for the scores at the points `x_0, ..., x_L` of the path,
 `dx_k = x_{k+1} - x_k`, `dg_k = g_{k+1} - g_k`. The trapezoid rule `sum_k (g_k + g_{k+1}) . dx_k / 2` follows
@@ -66,7 +66,7 @@ unknown.
 """
 
 
-class Point(NamedTuple):
+class PathPoint(NamedTuple):
     """A position and what one evaluation there gives."""
 
     position: Leaves
@@ -79,6 +79,8 @@ class Point(NamedTuple):
     """The rest of the negative log density."""
     gradient: Leaves
     """Its gradient by all leaves."""
+    extra: Any = ()
+    """Whatever else `evaluate` found there; handed through."""
 
     @property
     def force(self) -> Leaves:
@@ -89,14 +91,14 @@ class Point(NamedTuple):
         }
 
 
-Evaluate: TypeAlias = Callable[[Leaves], Point]
+Evaluate: TypeAlias = Callable[[Leaves], PathPoint]
 Velocity: TypeAlias = Callable[[Leaves], Leaves]
 
 
 class Trajectory(NamedTuple):
     """The end of a trajectory."""
 
-    point: Point
+    point: PathPoint
     """Where it ended; not finite, perhaps, if it diverged."""
     momentum: Leaves
     """The momentum there (not flipped)."""
@@ -117,9 +119,9 @@ class Trajectory(NamedTuple):
 def evaluation(score_fn: Callable[[Leaves], Leaves], potential_fn: Callable[[Leaves], Scalar]) -> Evaluate:
     """The function that evaluates a point from the scores of some leaves and a potential of all."""
 
-    def evaluate(position: Leaves) -> Point:
+    def evaluate(position: Leaves) -> PathPoint:
         potential, gradient = jax.value_and_grad(potential_fn)(position)
-        return Point(position, score_fn(position), potential, gradient)
+        return PathPoint(position, score_fn(position), potential, gradient)
 
     return evaluate
 
@@ -132,7 +134,7 @@ def unit_velocity(momentum: Leaves) -> Leaves:
 def leapfrog(
     evaluate: Evaluate,
     velocity: Velocity,
-    point: Point,
+    point: PathPoint,
     momentum: Leaves,
     step_size: Any,
     num_steps: Any,
@@ -241,7 +243,7 @@ class _Path(NamedTuple):
     """What is carried along a trajectory."""
 
     num_steps: Count
-    point: Point
+    point: PathPoint
     momentum: Leaves
     kinetic: Scalar
     chords: Scalar

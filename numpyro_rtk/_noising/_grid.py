@@ -1,45 +1,117 @@
-"""The noise grid: everything that segments and levels need of a schedule, evaluated once in float64."""
+"""The noise grid: everything that levels and segments need of a schedule, evaluated once in float64."""
 
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from numpyro_rtk._custom_types import Event, PerSegment, RandomKey
+from numpyro_rtk._custom_types import Event, PerSegment
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._times import segment_times
+from numpyro_rtk._noising._times import NoiseRange
 
 
-class SegmentGrid(NamedTuple):
-    """The segments of a pass, from noise to data; every field has one entry per segment."""
+NUM_CANDIDATES = 256
+"""Candidate segments that levels are chosen from, at least; and at least `CANDIDATES_PER_SEGMENT` each."""
 
-    t: PerSegment
-    """Time at the start of the segment (more noise)."""
-    s: PerSegment
-    """Time at its end (less noise)."""
-    a: PerSegment
+CANDIDATES_PER_SEGMENT = 8
+
+
+class Level(NamedTuple):
+    """A noise level, or a stack of them: `x_t | x_0 ~ N(a x_0, v I)` for data `x_0` at the last level."""
+
+    t: Array
+    """Time."""
+    alpha: Array
+    """Signal scale."""
+    sigma: Array
+    """Noise scale."""
+    a: Array
+    """`alpha(t) / alpha(t_min)`; 1 at the last level."""
+    v: Array
+    """Variance of noising from `t_min` to `t`; 0 at the last level."""
+
+
+class Segment(NamedTuple):
+    """The step between two neighbouring levels, or a stack of them: `x_t | x_s ~ N(a x_s, v I)`."""
+
+    t: Array
+    """Time where the reverse transition starts (more noise)."""
+    s: Array
+    """Time where it ends (less noise)."""
+    a: Array
     """`alpha(t) / alpha(s)`."""
-    v: PerSegment
+    v: Array
     """Variance of noising from `s` to `t`."""
-    alpha_t: PerSegment
+    alpha_t: Array
     """Signal scale at `t`."""
-    sigma_s: PerSegment
+    sigma_s: Array
     """Noise scale at `s`."""
-    alpha_s: PerSegment
-    """Signal scale at `s`."""
 
 
-def segment_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any) -> SegmentGrid:
-    """Everything the segments need from the schedule, evaluated in float64 and cast to `dtype`.
+class NoiseGrid(NamedTuple):
+    """Noise levels from noise (`t_max`) to data (`t_min`), and the segments between them.
+
+    Segment `k` leads from level `k` down to level `k + 1`.
+    """
+
+    t: Float[Array, " levels"]
+    """Times."""
+    alpha: Float[Array, " levels"]
+    """Signal scales."""
+    sigma: Float[Array, " levels"]
+    """Noise scales."""
+    a: PerSegment
+    """`alpha(t) / alpha(s)` of each segment."""
+    v: PerSegment
+    """Variance of noising over each segment."""
+    total_a: Float[Array, " levels"]
+    """`alpha(t) / alpha(t_min)` of each level."""
+    total_v: Float[Array, " levels"]
+    """Variance of noising from `t_min` to each level."""
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels: one more than segments."""
+        return self.t.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments."""
+        return self.t.shape[0] - 1
+
+    @property
+    def levels(self) -> Level:
+        """All levels, stacked."""
+        return Level(self.t, self.alpha, self.sigma, self.total_a, self.total_v)
+
+    @property
+    def segments(self) -> Segment:
+        """All segments, stacked."""
+        return Segment(self.t[:-1], self.t[1:], self.a, self.v, self.alpha[:-1], self.sigma[1:])
+
+    def level(self, index: Any) -> Level:
+        """One level."""
+        return jax.tree.map(lambda leaf: leaf[index], self.levels)
+
+    def segment(self, index: Any) -> Segment:
+        """One segment."""
+        return jax.tree.map(lambda leaf: leaf[index], self.segments)
+
+
+def noise_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any) -> NoiseGrid:
+    """The grid of checked times, evaluated in float64 outside any trace and cast to `dtype`.
 
     Args:
         schedule: The noising process.
-        times: A checked time grid, shape `(num_segments + 1,)`, decreasing.
+        times: Decreasing, shape `(num_segments + 1,)`.
         dtype: Of the draws.
+
+    Raises:
+        ValueError: if times coincide in `dtype`.
     """
     # The network must see the same rounded time as the coefficients.
     times = np.asarray(times, dtype).astype(np.float64)
@@ -49,96 +121,37 @@ def segment_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any)
             f"precision."
         )
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        t, s = jnp.asarray(times[:-1], jnp.float64), jnp.asarray(times[1:], jnp.float64)
-        a, v = schedule.transition(s, t)
-        values = (t, s, a, v, schedule.alpha(t), schedule.sigma(s), schedule.alpha(s))
-        values = [np.asarray(value) for value in values]
-    return SegmentGrid(*(jnp.asarray(value, dtype) for value in values))
-
-
-def terminal_sample(key: RandomKey, grid: SegmentGrid, shape: tuple[int, ...], dtype: Any) -> Event:
-    """`x_T ~ N(0, (alpha^2 + sigma^2) I)` at the top of the grid: the law of noised data of unit variance."""
-    return jnp.sqrt(terminal_variance(grid)) * jr.normal(key, shape, dtype)
-
-
-def terminal_variance(grid: SegmentGrid) -> Array:
-    """`alpha^2 + sigma^2` at the top of the grid; 1 for variance-preserving schedules."""
-    sigma_squared = grid.a[0] ** 2 * grid.sigma_s[0] ** 2 + grid.v[0]
-    return grid.alpha_t[0] ** 2 + sigma_squared
-
-
-class Levels(NamedTuple):
-    """The noise levels from noise to data; every field has one entry per level."""
-
-    t: Float[Array, " levels"]
-    """Time."""
-    sigma: Float[Array, " levels"]
-    """Noise scale."""
-    a: Float[Array, " levels"]
-    """`alpha(t) / alpha(t_min)`."""
-    v: Float[Array, " levels"]
-    """Variance of noising from `t_min` to `t`; 0 at the last level."""
-
-
-def noise_levels(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any) -> Levels:
-    """The levels of a checked time grid, evaluated in float64 and cast to `dtype`."""
-    times = np.asarray(times, dtype).astype(np.float64)
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
         t = jnp.asarray(times, jnp.float64)
-        a, v = schedule.transition(t[-1:], t[:-1])
-        sigma = np.asarray(schedule.sigma(t))
-        # The step from t_min to itself is the identity.
-        a, v = np.append(np.asarray(a), 1.0), np.append(np.asarray(v), 0.0)
-    return Levels(*(jnp.asarray(value, dtype) for value in (times, sigma, a, v)))
-
-
-class Candidates(NamedTuple):
-    """Levels that a grid may be chosen from, from noise to data, about even in the log signal-to-noise
-    ratio.
-    """
-
-    t: Float[Array, " candidates"]
-    alpha: Float[Array, " candidates"]
-    sigma: Float[Array, " candidates"]
-
-
-NUM_CANDIDATES = 256
-"""Candidate segments that levels are chosen from, at least; and at least `CANDIDATES_PER_SEGMENT` per
-segment.
-"""
-CANDIDATES_PER_SEGMENT = 8
-
-
-def candidate_levels(schedule: AbstractNoiseSchedule, num_segments: int, dtype: Any) -> Candidates:
-    """Candidates for a grid of `num_segments`, evaluated in float64 and cast to `dtype`; a discrete schedule
-    may have few.
-    """
-    num_candidates = min(max(NUM_CANDIDATES, CANDIDATES_PER_SEGMENT * num_segments), schedule.max_segments)
-    times = np.unique(np.asarray(segment_times(schedule, num_candidates, rho=math.inf), dtype))[::-1]
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        t = jnp.asarray(times.astype(np.float64), jnp.float64)
-        values = [np.asarray(value) for value in (t, schedule.alpha(t), schedule.sigma(t))]
-    return Candidates(*(jnp.asarray(value, dtype) for value in values))
-
-
-def chosen_grid(candidates: Candidates, indices: Array) -> tuple[SegmentGrid, Levels]:
-    """The segments and levels of a grid of candidates."""
-    t, alpha, sigma = (leaf[indices] for leaf in candidates)
-    a, v = _transition(alpha[1:], sigma[1:], alpha[:-1], sigma[:-1])
-    grid = SegmentGrid(t=t[:-1], s=t[1:], a=a, v=v, alpha_t=alpha[:-1], sigma_s=sigma[1:], alpha_s=alpha[1:])
-    total_a, total_v = _transition(alpha[-1], sigma[-1], alpha, sigma)
+        a, v = schedule.transition(t[1:], t[:-1])
+        total_a, total_v = schedule.transition(t[-1:], t[:-1])
+        values = [
+            np.asarray(value) for value in (t, schedule.alpha(t), schedule.sigma(t), a, v, total_a, total_v)
+        ]
     # The step from t_min to itself is the identity.
-    return grid, Levels(t, sigma, total_a.at[-1].set(1.0), total_v.at[-1].set(0.0))
+    values[5], values[6] = np.append(values[5], 1.0), np.append(values[6], 0.0)
+    return NoiseGrid(*(jnp.asarray(value, dtype) for value in values))
 
 
-def _transition(alpha_s: Array, sigma_s: Array, alpha_t: Array, sigma_t: Array) -> tuple[Array, Array]:
-    """Scale and variance of noising from `s` to `t`."""
-    a = alpha_t / alpha_s
-    return a, jnp.maximum(sigma_t**2 - (a * sigma_s) ** 2, 0.0)
+def candidate_grid(noise: NoiseRange, num_segments: int, dtype: Any) -> NoiseGrid:
+    """Levels that a grid of `num_segments` may be chosen from, about even in the log signal-to-noise ratio.
 
-
-def mean_prediction(level: Levels, x: Event, score: Event) -> Event:
-    """`E[x_0 | x_t = x]` with `x_0` at `t_min`, exact given the score (Tweedie's formula); `x` itself at
-    `t_min`.
+    A discrete schedule, or a coarse precision, may have few.
     """
+    wanted = max(NUM_CANDIDATES, CANDIDATES_PER_SEGMENT * num_segments)
+    times = noise.times(min(wanted, noise.max_segments), rho=math.inf)
+    return noise_grid(noise.schedule, np.unique(np.asarray(times, dtype))[::-1], dtype)
+
+
+def chosen_grid(schedule: AbstractNoiseSchedule, candidates: NoiseGrid, indices: Array) -> NoiseGrid:
+    """The grid of some of the candidates, first and last among them: exact, unless the choice is traced."""
+    if not isinstance(indices, Tracer):
+        return noise_grid(schedule, np.asarray(candidates.t)[np.asarray(indices)], candidates.t.dtype)
+    t, alpha, sigma, total_a, total_v = (leaf[indices] for leaf in candidates.levels)
+    a = alpha[:-1] / alpha[1:]
+    v = jnp.maximum(sigma[:-1] ** 2 - (a * sigma[1:]) ** 2, 0.0)
+    return NoiseGrid(t, alpha, sigma, a, v, total_a, total_v)
+
+
+def mean_prediction(level: Level, x: Event, score: Event) -> Event:
+    """`E[x_0 | x_t = x]` with `x_0` at `t_min`, exact given the score (Tweedie's formula); `x` at `t_min`."""
     return (x + level.v * score) / level.a

@@ -1,7 +1,8 @@
 """Time grids: where segments begin and end, and what a user may write for them."""
 
 import math
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,43 @@ def _float64(function: Any, *values: Any) -> np.ndarray:
     """Evaluate a schedule method in float64 on the CPU, also under a trace, whatever the precision mode."""
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         return np.asarray(function(*(jnp.asarray(value, jnp.float64) for value in values)))
+
+
+class NoiseRange(NamedTuple):
+    """A noising process and its ends, in Python floats, so that nothing of it is traced."""
+
+    schedule: AbstractNoiseSchedule
+    """The noising process."""
+    t_min: float
+    """Time of the data."""
+    t_max: float
+    """Time of the noise."""
+
+    @property
+    def max_segments(self) -> int:
+        """The largest number of segments between the ends."""
+        if self.schedule.max_segments == sys.maxsize:
+            return sys.maxsize
+        return round(self.t_max - self.t_min)
+
+    def times(self, num_segments: int, *, rho: float = 7.0) -> np.ndarray:
+        """As `segment_times`, between the ends."""
+        log_snr = _float64(self.schedule.log_snr, np.array([self.t_max, self.t_min]))
+        log_ratio = -0.5 * log_snr
+        if math.isinf(rho):
+            levels = np.linspace(log_ratio[0], log_ratio[1], num_segments + 1)
+        else:
+            roots = np.exp(log_ratio / rho)
+            levels = rho * np.log(np.linspace(roots[0], roots[1], num_segments + 1))
+        times = np.array(_float64(self.schedule.inverse_log_snr, -2 * levels), np.float64)
+        times[0], times[-1] = self.t_max, self.t_min
+        times = self.schedule.snap(times)
+        return times if np.all(np.diff(times) < 0) else _separate(times, num_segments, self)
+
+
+def noise_range(schedule: AbstractNoiseSchedule) -> NoiseRange:
+    """That of the whole schedule."""
+    return NoiseRange(schedule, schedule.t_min, schedule.t_max)
 
 
 def segment_times(schedule: AbstractNoiseSchedule, num_segments: int, *, rho: float = 7.0) -> np.ndarray:
@@ -37,38 +75,30 @@ def segment_times(schedule: AbstractNoiseSchedule, num_segments: int, *, rho: fl
     References:
         Karras et al. (2022), arXiv 2206.00364, equation 5.
     """
+    _check_num_segments(num_segments)
+    if not rho >= 1:
+        raise ValueError(f"`segment_times(rho=...)` must be at least 1, got {rho!r}.")
+    return noise_range(schedule).times(int(num_segments), rho=rho)
+
+
+def _check_num_segments(num_segments: Any) -> None:
     if isinstance(num_segments, bool) or not isinstance(num_segments, int | np.integer) or num_segments < 1:
         raise ValueError(
             f"`num_segments` (or `segments`) must be an integer of at least 1, got {num_segments!r}."
         )
-    if not rho >= 1:
-        raise ValueError(f"`segment_times(rho=...)` must be at least 1, got {rho!r}.")
-    log_ratio = -0.5 * _float64(schedule.log_snr, np.array([schedule.t_max, schedule.t_min]))
-    if math.isinf(rho):
-        levels = np.linspace(log_ratio[0], log_ratio[1], num_segments + 1)
-    else:
-        roots = np.exp(log_ratio / rho)
-        levels = rho * np.log(np.linspace(roots[0], roots[1], num_segments + 1))
-    times = _float64(schedule.inverse_log_snr, -2 * levels)
-    times = np.array(times, np.float64)
-    times[0], times[-1] = schedule.t_max, schedule.t_min
-    times = schedule.snap(times)
-    if not np.all(np.diff(times) < 0):
-        times = _separate(times, num_segments, schedule)
-    return times
 
 
-def _separate(times: np.ndarray, num_segments: int, schedule: AbstractNoiseSchedule) -> np.ndarray:
+def _separate(times: np.ndarray, num_segments: int, noise: NoiseRange) -> np.ndarray:
     """Push coinciding steps of a discrete schedule apart by whole steps."""
-    if num_segments > schedule.max_segments:
+    if num_segments > noise.max_segments:
         raise ValueError(
-            f"`segments={num_segments}` is more than the {schedule.max_segments} steps between "
+            f"`segments={num_segments}` is more than the {noise.max_segments} steps between "
             "the noise levels of this discrete schedule. Use fewer segments."
         )
     rising = times[::-1].copy()
     for i in range(1, rising.size):
         rising[i] = max(rising[i], rising[i - 1] + 1)
-    rising[-1] = schedule.t_max
+    rising[-1] = noise.t_max
     for i in range(rising.size - 2, -1, -1):
         rising[i] = min(rising[i], rising[i + 1] - 1)
     return rising[::-1]
@@ -139,10 +169,34 @@ DEFAULT_SEGMENTS = 32
 
 
 def resolve_segments(schedule: AbstractNoiseSchedule, segments: Any, default: int) -> np.ndarray:
-    """A checked time grid from a number of segments, a grid, or `None` for the default number."""
+    """A checked time grid from a number of segments, a grid, or `None` for the default number.
+
+    Its ends are the noise range of whoever was given `segments`: a prior, or a kernel that draws from one.
+    """
+    return _resolve(noise_range(schedule), segments, default)
+
+
+def resolve_levels(noise: NoiseRange, segments: Any, default: int) -> np.ndarray:
+    """The same for a kernel that samples a prior: the noise range is the prior's.
+
+    Raises:
+        ValueError: for a time grid with other ends, naming both.
+    """
+    times = _resolve(noise, segments, default)
+    for name, end, own in (("starts", times[0], noise.t_max), ("ends", times[-1], noise.t_min)):
+        if not math.isclose(end, own, rel_tol=1e-5, abs_tol=1e-9):
+            raise ValueError(
+                f"`segments` {name} at t={end:g}, and the noise range of the prior at t={own:g}: the draws "
+                f"would follow another law. Give `segments` a number or a grid from {noise.t_max:g} to "
+                f"{noise.t_min:g}, or give the range to the prior, `DiffusionPrior(..., segments=grid)`."
+            )
+    return times
+
+
+def _resolve(noise: NoiseRange, segments: Any, default: int) -> np.ndarray:
     if segments is None:
         # A discrete schedule may have fewer steps.
-        return segment_times(schedule, min(default, schedule.max_segments))
+        return noise.times(min(default, noise.max_segments))
     if isinstance(segments, bool) or (np.ndim(segments) == 0 and not isinstance(segments, int | np.integer)):
         raise TypeError(
             f"`segments` must be a number of segments or a decreasing time grid, got {segments!r}."
@@ -150,5 +204,5 @@ def resolve_segments(schedule: AbstractNoiseSchedule, segments: Any, default: in
     if np.ndim(segments) == 0:
         if segments < 1:
             raise ValueError(f"`segments` must be at least 1, got {segments}.")
-        return segment_times(schedule, int(segments))
-    return check_times(schedule, segments)
+        return noise.times(int(segments))
+    return check_times(noise.schedule, segments)

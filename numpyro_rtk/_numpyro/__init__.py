@@ -1,10 +1,8 @@
 """The NumPyro side: the only place that imports `numpyro.infer`."""
 
 from numpyro_rtk._numpyro._gibbs import RTKGibbs as RTKGibbs
-from numpyro_rtk._numpyro._particle_gibbs import (
-    ParticleGibbsState as ParticleGibbsState,
-    RTKParticleGibbs as RTKParticleGibbs,
-)
+from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs as RTKParticleGibbs
+from numpyro_rtk._numpyro._particle_gibbs_chain import ParticleGibbsState as ParticleGibbsState
 from numpyro_rtk._numpyro._rtk_kernel import (
     RTKKernel as RTKKernel,
     RTKMALA as RTKMALA,

@@ -13,6 +13,12 @@ def check_site(site: Any) -> None:
         raise TypeError(f"`site` must be a non-empty string, got {site!r}.")
 
 
+def check_count(name: str, value: Any, minimum: int, why: str) -> None:
+    """Raise unless it is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum} ({why}), got {value!r}.")
+
+
 def check_target_accept_prob(value: Any) -> None:
     """Raise unless it is inside (0, 1)."""
     if not (isinstance(value, int | float | np.floating) and 0 < value < 1):

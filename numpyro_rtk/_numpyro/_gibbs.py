@@ -14,7 +14,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._joint import joint_init, joint_sample
-from numpyro_rtk._numpyro._particle_gibbs import ParticleGibbsState, RTKParticleGibbs
+from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
+from numpyro_rtk._numpyro._particle_gibbs_chain import ParticleGibbsState
 from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
 from numpyro_rtk._numpyro._sites import (
     diffusion_site_names,

@@ -1,6 +1,5 @@
 """`RTKKernel`: draws from a diffusion model through NumPyro's `MCMC`."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,20 +7,23 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from numpyro.infer.hmc_util import dual_averaging
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._moves._line_integral import AbstractEnergyDifference, Trapezoid
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._grid import segment_grid, SegmentGrid, terminal_sample
+from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
+from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
 from numpyro_rtk._noising._variance_preserving import OU
 from numpyro_rtk._numpyro._arguments import check_site, check_target_accept_prob, read_init_params
-from numpyro_rtk._reverse._base import AbstractInnerKernel, check_inner
+from numpyro_rtk._numpyro._programs import Programs
+from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
 from numpyro_rtk._reverse._mala import MALA
 from numpyro_rtk._reverse._markov import Start
 from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
+from numpyro_rtk._reverse._pilot import measure_terminal
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._reverse._uld import ULD
 from numpyro_rtk._score._checks import (
@@ -29,19 +31,29 @@ from numpyro_rtk._score._checks import (
     check_first_call,
     check_score_fn,
     check_score_shape,
+    first_call,
     resolve_schedule,
 )
 from numpyro_rtk._score._hoist import hoist, HoistedArrays
-from numpyro_rtk._tuning._passes import (
-    adapt_init,
-    adapt_update,
-    AdaptState,
-    DualAveraging,
-)
+from numpyro_rtk._score._model import ScoreModel
+from numpyro_rtk._tuning._passes import AdaptState, PassTuner
+
+
+TERMINAL_DRAWS = 128
+"""Draws a round that measure the terminal Gaussian."""
+
+
+class Shared(NamedTuple):
+    """What all chains share; without a chain axis where chains are vectorized."""
+
+    score_arrays: HoistedArrays
+    """The network's arrays, kept here so that they are arguments of the compiled program."""
+    terminal: Terminal
+    """The law at the top of the grid, where passes start."""
 
 
 class RTKState(NamedTuple):
-    """State of `RTKKernel`; with vectorized chains every field but `score_arrays` has a chain axis."""
+    """State of `RTKKernel`; with vectorized chains every field but `shared` has a chain axis."""
 
     z: dict[str, Array]
     """The draw, `{site: event}`."""
@@ -55,8 +67,8 @@ class RTKState(NamedTuple):
     """Whether the pass met something non-finite (or, without an accept step, exploding)."""
     adapt_state: AdaptState
     """Step sizes and curvatures, one per segment."""
-    score_arrays: HoistedArrays
-    """The network's arrays, kept here so that they are arguments of the compiled program."""
+    shared: Shared
+    """What all chains share."""
     rng_key: Any
     """Random key of the next pass."""
 
@@ -72,7 +84,8 @@ class RTKKernel(MCMCKernel):
     grid be noise.
 
     *Cost.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, in
-    `state.num_score_evals`. `init` makes two more, to check the score.
+    `state.num_score_evals`. `init` makes 386 more: to check the score, and to
+    measure the terminal Gaussian.
 
     *Warmup* learns, per segment, the mean curvature of `-log p_s` and a step size: dual averaging of the mean
     acceptance probability towards `target_accept_prob` for the MALA family, a rule based on the curvature
@@ -105,6 +118,9 @@ class RTKKernel(MCMCKernel):
         Huang et al. (2024), arXiv 2405.16387.
     """
 
+    _sample_fn = True
+    """Tells `MCMC` that a resumed run needs no `init`: a state is all that `sample` depends on."""
+
     def __init__(
         self,
         score_fn: Any,
@@ -125,9 +141,10 @@ class RTKKernel(MCMCKernel):
         self._schedule = OU() if schedule is None else schedule
         self._times = resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
         self._inner = PreconditionedMALA() if inner is None else inner
-        check_inner(self._inner, score_fn, self.num_segments)
+        check_kernel("inner", self._inner, score_fn, self.num_segments)
         self._target_accept_prob = float(target_accept_prob)
         self._site = site
+        self._programs = Programs()
 
     def __repr__(self) -> str:
         return (
@@ -219,16 +236,26 @@ class RTKKernel(MCMCKernel):
             shape, dtype = self._event_shape, jnp.result_type(float)
         else:
             shape, dtype = value.shape[1:] if batched else value.shape, value.dtype
-        grid = segment_grid(self._schedule, self._times, dtype)
+        grid = noise_grid(self._schedule, self._times, dtype)
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
         check_score_shape(self._score_fn, x, t, model_args, kwargs)
-        check_first_call(self._score_fn, grid, shape, dtype, model_args, kwargs)
         arrays, _ = self._hoist(x, t, model_args, kwargs)
+
+        def measure(arrays: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            model = self._hoist(x, t, args, kwargs)[1](arrays)
+            grid = noise_grid(self._schedule, self._times, dtype)
+            terminal = measure_terminal(jr.key(0), model, grid, shape, TERMINAL_DRAWS)
+            return first_call(model, grid, shape), terminal
+
+        name = f"measure {shape} {dtype}"
+        called, terminal = self._programs(name, measure, arrays.arrays, model_args, kwargs)
+        check_first_call(called, grid)
+        tuner = self._tuner(grid)
 
         def init_chain(rng_key: Any, value: Any) -> RTKState:
             next_key, noise_key = jr.split(rng_key)
             if value is None:
-                value = terminal_sample(noise_key, grid, shape, dtype)
+                value = terminal.sample(noise_key)
             tuning = default_tuning(self._inner, grid, shape)
             return RTKState(
                 z={self._site: value},
@@ -236,20 +263,23 @@ class RTKKernel(MCMCKernel):
                 segment_accept_prob=jnp.zeros(self.num_segments, dtype),
                 num_score_evals=jnp.zeros((), int),
                 diverging=jnp.zeros((), bool),
-                adapt_state=adapt_init(tuning, num_warmup, DualAveraging(*dual_averaging())),
-                score_arrays=HoistedArrays((), ""),
+                adapt_state=tuner.init(tuning, num_warmup),
+                shared=None,  # pyright: ignore - filled in without a chain axis
                 rng_key=next_key,
             )
 
         state = jax.vmap(init_chain)(rng_key, value) if batched else init_chain(rng_key, value)
-        return state._replace(score_arrays=arrays)
+        return state._replace(shared=Shared(arrays, terminal))
 
     def _hoist(self, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network's arrays, marked with all that a state of this kernel depends on."""
-        found, rebuild = hoist(self._score_fn, x, t, args, kwargs, with_energy=self._inner.needs_energy)
-        # What was learnt for one inner kernel or grid means something else for another.
+        found, rebuild = hoist(self._score_fn, x, t, args, kwargs)
+        # What was learnt for one reverse kernel or grid means something else for another.
         settings = f"{type(self._inner).__name__} on {self._times.tolist()}"
         return HoistedArrays(found.arrays, f"{found.fingerprint} {settings}"), rebuild
+
+    def _tuner(self, grid: NoiseGrid) -> PassTuner:
+        return PassTuner(self._inner, grid, self._target_accept_prob, STEP_SIZES)
 
     def sample(
         self, state: RTKState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -261,81 +291,31 @@ class RTKKernel(MCMCKernel):
         shape, dtype = value.shape[1:] if batched else value.shape, value.dtype
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
         own, rebuild = self._hoist(x, t, model_args, kwargs)
-        arrays = state.score_arrays
-        if arrays.fingerprint != own.fingerprint:
-            raise ValueError(
-                "The state comes from a kernel with other network weights, another inner kernel or other "
-                "segments "
-                "than this one, and draws would mix the two. Start a new `MCMC` (or call `warmup` again) "
-                "instead of "
-                "re-using `post_warmup_state`."
-            )
-        score_fn = _Bound(rebuild(arrays.arrays), model_args, kwargs)
-        grid = segment_grid(self._schedule, self._times, dtype)
-        step = functools.partial(
-            _sample_chain,
-            score_fn=score_fn,
-            grid=grid,
-            inner=self._inner,
-            target_accept_prob=self._target_accept_prob,
-            num_score_evals=self.num_score_evals,
-            site=self._site,
+        arrays = state.shared.score_arrays.current(own, "another inner kernel or other segments")
+        model = rebuild(arrays.arrays)
+        tuner = self._tuner(noise_grid(self._schedule, self._times, dtype))
+
+        def step(state: RTKState, shared: Shared) -> RTKState:
+            return self._sample_chain(state, shared, model, tuner)
+
+        chain = state._replace(shared=None)  # pyright: ignore[reportArgumentType]
+        new = (jax.vmap(step, in_axes=(0, None)) if batched else step)(chain, state.shared)
+        return new._replace(shared=state.shared)
+
+    def _sample_chain(self, state: RTKState, shared: Shared, model: ScoreModel, tuner: PassTuner) -> RTKState:
+        """One pass of one chain: a pure function of the state."""
+        next_key, pass_key = jr.split(state.rng_key)
+        value, tuning = state.z[self._site], state.adapt_state.tuning
+        result = reverse_pass(pass_key, model, tuner.grid, self._inner, tuning, shared.terminal)
+        return state._replace(
+            z={self._site: jnp.where(result.failed, value, result.x)},
+            accept_prob=jnp.mean(result.accept_prob),
+            segment_accept_prob=result.accept_prob,
+            num_score_evals=jnp.full_like(state.num_score_evals, self.num_score_evals),
+            diverging=jnp.any(result.diverging),
+            adapt_state=tuner.update(state.adapt_state, result),
+            rng_key=next_key,
         )
-        chain = state._replace(score_arrays=HoistedArrays((), ""))
-        new = jax.vmap(step)(chain) if batched else step(chain)
-        return new._replace(score_arrays=arrays)
-
-
-class _Bound:
-    """A score callable with the arguments of the run bound to it; forwards energies where there are any."""
-
-    def __init__(self, score_fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._score_fn, self._args, self._kwargs = score_fn, args, kwargs
-
-    def __call__(self, x: Array, t: Array) -> Array:
-        return self._score_fn(x, t, *self._args, **self._kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("energy", "energy_and_score"):
-            raise AttributeError(name)
-        method = getattr(self._score_fn, name)
-        return lambda x, t: method(x, t, *self._args, **self._kwargs)
-
-
-def _sample_chain(
-    state: RTKState,
-    *,
-    score_fn: Any,
-    grid: SegmentGrid,
-    inner: AbstractInnerKernel,
-    target_accept_prob: float,
-    num_score_evals: int,
-    site: str,
-) -> RTKState:
-    """One pass of one chain: a pure function of the state."""
-    next_key, noise_key, pass_key = jr.split(state.rng_key, 3)
-    value = state.z[site]
-    noise = terminal_sample(noise_key, grid, value.shape, value.dtype)
-    result = reverse_pass(pass_key, score_fn, grid, inner, state.adapt_state.tuning, noise)
-    adapt_state = adapt_update(
-        inner,
-        grid,
-        state.adapt_state,
-        result,
-        target_accept_prob,
-        value.size,
-        DualAveraging(*dual_averaging()),
-    )
-    return RTKState(
-        z={site: jnp.where(result.failed, value, result.x)},
-        accept_prob=jnp.mean(result.accept_prob),
-        segment_accept_prob=result.accept_prob,
-        num_score_evals=jnp.full_like(state.num_score_evals, num_score_evals),
-        diverging=jnp.any(result.diverging),
-        adapt_state=adapt_state,
-        score_arrays=state.score_arrays,
-        rng_key=next_key,
-    )
 
 
 def RTKMALA(

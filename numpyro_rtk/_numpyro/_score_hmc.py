@@ -34,9 +34,9 @@ from numpyro_rtk._moves._leapfrog import (
     Evaluate,
     leapfrog,
     Leaves,
-    Point,
+    PathPoint,
 )
-from numpyro_rtk._noising._grid import segment_grid
+from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._numpyro._arguments import check_target_accept_prob
 from numpyro_rtk._numpyro._sites import (
     DiffusionSite,
@@ -47,8 +47,9 @@ from numpyro_rtk._numpyro._sites import (
 )
 from numpyro_rtk._numpyro._start import annealed_start
 from numpyro_rtk._reverse._pilot import prior_draws
-from numpyro_rtk._score._checks import check_first_call
+from numpyro_rtk._score._checks import check_first_call, first_call
 from numpyro_rtk._score._hoist import hoist, HoistedArrays
+from numpyro_rtk._score._model import resolve_score
 
 
 START_DRAWS = 16
@@ -107,9 +108,9 @@ class ScoreHMCState(NamedTuple):
     """Random key of the next iteration."""
 
     @property
-    def point(self) -> Point:
+    def point(self) -> PathPoint:
         """`z` with all that is known there."""
-        return Point(self.z, self.score, self.potential, self.gradient)
+        return PathPoint(self.z, self.score, self.potential, self.gradient)
 
 
 class ScoreHMC(MCMCKernel):
@@ -176,6 +177,9 @@ class ScoreHMC(MCMCKernel):
         Neal (2011), *MCMC using Hamiltonian dynamics*. The energy error is described in
         `numpyro_rtk._moves._leapfrog`.
     """
+
+    _sample_fn = True
+    """Tells `MCMC` that a resumed run needs no `init`: a state is all that `sample` depends on."""
 
     def __init__(
         self,
@@ -284,7 +288,8 @@ class ScoreHMC(MCMCKernel):
         dtype = jnp.result_type(float)
         for site in sites:
             score_fn, shape = site.prior.score_fn, site.prior.event_shape
-            check_first_call(score_fn, _grid(site, dtype), shape, dtype, (), {})
+            grid = _grid(site, dtype)
+            check_first_call(eqx.filter_jit(first_call)(resolve_score(score_fn), grid, shape), grid)
         arrays, rebuild = _hoist(sites)
         evaluate = self._evaluate(sites, rebuild(arrays.arrays), model_args, kwargs)
         model_key, start_key, chain_key = _split(rng_key, 3)
@@ -460,20 +465,20 @@ class ScoreHMC(MCMCKernel):
         score_fns: dict[str, Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Callable[..., Point]:
+    ) -> Callable[..., PathPoint]:
         seeded = handlers.seed(without_diffusion(self._model), jr.key(0))
 
         def rest(z: Leaves) -> Scalar:
             return jnp.asarray(potential_energy(seeded, args, kwargs, z))
 
-        def evaluate(z: Leaves, score: Leaves | None = None) -> Point:
+        def evaluate(z: Leaves, score: Leaves | None = None) -> PathPoint:
             """A point; given the scores there, they are not evaluated."""
             potential, gradient = jax.value_and_grad(rest)(z)
             scores = {}
             for site in sites:
                 score_fn, x = score_fns[site.name], z[site.name]
                 t = jnp.asarray(site.prior.segment_times[-1], x.dtype)
-                if _has_energy(site):
+                if score_fn.has_energy:
                     energies, own = _over_batch(lambda x, f=score_fn, t=t: f.energy_and_score(x, t), site, x)
                     potential = potential + jnp.sum(energies)
                     gradient = gradient | {site.name: gradient[site.name] - own}
@@ -481,25 +486,18 @@ class ScoreHMC(MCMCKernel):
                     scores[site.name] = _over_batch(lambda x, f=score_fn, t=t: f(x, t), site, x)
                 else:
                     scores[site.name] = score[site.name]
-            return Point(z, scores, potential, gradient)
+            return PathPoint(z, scores, potential, gradient)
 
         return evaluate
 
     def _evaluate_with(
         self, arrays: HoistedArrays, args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> tuple[Callable[..., Point], int]:
+    ) -> tuple[Callable[..., PathPoint], int]:
         """A function that evaluates points, and how many events it evaluates the score of."""
         kwargs = {} if model_kwargs is None else model_kwargs
         sites = latent_diffusion_sites(self._model, jr.key(0), args, kwargs)
         own, rebuild = _hoist(sites)
-        if "traced" in own.fingerprint:
-            arrays = own  # a network among the model's arguments
-        elif "traced" not in arrays.fingerprint and arrays.fingerprint != own.fingerprint:
-            raise ValueError(
-                "The state comes from a model with other networks or other sites than this kernel's. Start a "
-                "new `MCMC` (or call "
-                "`warmup` again) instead of re-using `post_warmup_state`."
-            )
+        arrays = arrays.current(own, "other sites")
         num_events = sum(math.prod(site.batch_shape) for site in sites)
         return self._evaluate(sites, rebuild(arrays.arrays), args, kwargs), num_events
 
@@ -626,26 +624,8 @@ def _read_init_params(
     return values
 
 
-def _grid(site: DiffusionSite, dtype: Any) -> Any:
-    return segment_grid(site.prior.schedule, site.prior.segment_times, dtype)
-
-
-def _has_energy(site: DiffusionSite) -> bool:
-    return callable(getattr(site.prior.score_fn, "energy", None))
-
-
-class _WithEnergy:
-    """A score callable with energies, by the method that shares work."""
-
-    def __init__(self, score_fn: Any) -> None:
-        self._score_fn = score_fn
-
-    def __call__(self, x: Event, t: Scalar) -> Event:
-        return self._score_fn(x, t)
-
-    def energy_and_score(self, x: Event, t: Scalar) -> tuple[Scalar, Event]:
-        both = getattr(self._score_fn, "energy_and_score", None)
-        return both(x, t) if both is not None else (self._score_fn.energy(x, t), self._score_fn(x, t))
+def _grid(site: DiffusionSite, dtype: Any) -> NoiseGrid:
+    return noise_grid(site.prior.schedule, site.prior.segment_times, dtype)
 
 
 def _hoist(sites: tuple[DiffusionSite, ...]) -> tuple[HoistedArrays, Callable[[Any], dict[str, Any]]]:
@@ -654,8 +634,7 @@ def _hoist(sites: tuple[DiffusionSite, ...]) -> tuple[HoistedArrays, Callable[[A
     for site in sites:
         x = jax.ShapeDtypeStruct(site.prior.event_shape, jnp.result_type(float))
         t = jax.ShapeDtypeStruct((), jnp.result_type(float))
-        score_fn = _WithEnergy(site.prior.score_fn) if _has_energy(site) else site.prior.score_fn
-        own, rebuilds[site.name] = hoist(score_fn, x, t, (), {}, with_energy=_has_energy(site))
+        own, rebuilds[site.name] = hoist(site.prior.score_fn, x, t)
         found[site.name] = own.arrays
         fingerprint += f"{site.name} {site.shape} {own.fingerprint} at {site.prior.segment_times[-1]}; "
     return HoistedArrays(found, fingerprint), lambda arrays: {
@@ -680,7 +659,7 @@ def _prior_values(
         score_fns, draws = rebuild(arrays), {}
         for site in sites:
             prior, score_fn = site.prior, score_fns[site.name]
-            draw = prior_draws(jr.key(1), score_fn, prior.schedule, prior.event_shape, dtype, 1)[0]
+            draw = prior_draws(jr.key(1), score_fn, prior.noise, prior.event_shape, dtype, 2)[0][0]
             draws[site.name] = jnp.broadcast_to(jnp.where(jnp.isfinite(draw), draw, 0.0), site.shape)
         return draws
 
@@ -697,7 +676,7 @@ def _prior_scales(
         score_fns, values = rebuild(arrays), {}
         for site in sites:
             prior, score_fn = site.prior, score_fns[site.name]
-            draws = prior_draws(jr.key(0), score_fn, prior.schedule, prior.event_shape, dtype, START_DRAWS)
+            draws, _ = prior_draws(jr.key(0), score_fn, prior.noise, prior.event_shape, dtype, START_DRAWS)
             t = jnp.asarray(prior.segment_times[-1], dtype)
             scores = jax.vmap(lambda x, f=score_fn, t=t: f(x, t))(draws)
             squares = jnp.mean(scores**2, axis=0)
@@ -737,7 +716,7 @@ def _given_mass(given: Any, z: Leaves, dense: list[tuple[str, ...]], dtype: Any)
     return {block: jnp.asarray(matrix, dtype) for block, matrix in blocks.items()}
 
 
-def _check_start(point: Point) -> None:
+def _check_start(point: PathPoint) -> None:
     leaves = {"the potential": point.potential, "its gradient": point.gradient, "the score": point.score}
     for what, values in leaves.items():
         for leaf in jax.tree.leaves(values):

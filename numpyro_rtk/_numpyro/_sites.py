@@ -23,7 +23,7 @@ from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._dependence import dependence
 from numpyro_rtk._prior._prior import DiffusionPrior
-from numpyro_rtk._score._hoist import ENERGY_METHODS
+from numpyro_rtk._score._model import score_methods
 
 
 class DiffusionSite(NamedTuple):
@@ -388,5 +388,4 @@ def _refuse_dependent(
 def _all_of_score(prior: Any) -> list[Any]:
     """All that a kernel asks of a prior's score: its value, and its energy where it has one."""
     x, t = jnp.zeros(prior.event_shape), jnp.asarray(prior.schedule.t_min, float)
-    methods = [getattr(prior.score_fn, name, None) for name in ENERGY_METHODS]
-    return [method(x, t) for method in [prior.score_fn, *filter(callable, methods)]]
+    return [method(x, t) for method in score_methods(prior.score_fn)]

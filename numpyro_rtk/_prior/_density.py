@@ -8,7 +8,7 @@ always the score at `t_min`, one evaluation, by a custom derivative: the value i
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -21,17 +21,7 @@ from jaxtyping import Array, ArrayLike
 
 from numpyro_rtk._custom_types import Event, Scalar, ScoreFn
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-
-
-class NoiseRange(NamedTuple):
-    """The noising process a density integrates over, in Python floats, so that nothing of it is traced."""
-
-    schedule: AbstractNoiseSchedule
-    """The noising process."""
-    t_min: float
-    """Time of the data."""
-    t_max: float
-    """Time of the noise."""
+from numpyro_rtk._noising._times import NoiseRange
 
 
 def _check_count(owner: str, name: str, value: Any, least: int) -> None:

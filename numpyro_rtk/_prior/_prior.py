@@ -19,19 +19,19 @@ from numpyro.util import is_prng_key
 
 from numpyro_rtk._custom_types import Event, RandomKey
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._grid import noise_levels, segment_grid, SegmentGrid, terminal_sample
-from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
+from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
+from numpyro_rtk._noising._terminal import Terminal
+from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, NoiseRange, resolve_segments
 from numpyro_rtk._noising._variance_preserving import OU
 from numpyro_rtk._prior._density import (
     AbstractLogDensity,
     EnergyDensity,
     LineIntegral,
-    NoiseRange,
     ProbabilityFlow,
 )
 from numpyro_rtk._prior._derivative import log_density_with_score
 from numpyro_rtk._prior._latents import running_latents
-from numpyro_rtk._reverse._base import AbstractInnerKernel, check_inner
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
 from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
@@ -40,8 +40,10 @@ from numpyro_rtk._score._checks import (
     check_first_call,
     check_score_fn,
     check_score_shape,
+    first_call,
     resolve_schedule,
 )
+from numpyro_rtk._score._model import has_energy, resolve_score
 
 
 PILOT_DRAWS = 16
@@ -51,8 +53,8 @@ PILOT_DRAWS = 16
 class _Learnt:
     """What the pilot learnt of a score, kept alive by the score callable."""
 
-    def __init__(self, score_fn: Any, curvature: Array, profile: Array) -> None:
-        self.curvature, self.profile = curvature, profile
+    def __init__(self, score_fn: Any, curvature: Array, profile: Array, terminal: Terminal) -> None:
+        self.curvature, self.profile, self.terminal = curvature, profile, terminal
         weakref.finalize(score_fn, _nothing, self)
 
 
@@ -67,7 +69,7 @@ def _default_density(score_fn: Any, event_shape: Any) -> AbstractLogDensity:
     """The most exact density that the score allows; an estimated trace would mislead a sampler without a sign
     of it.
     """
-    if callable(getattr(score_fn, "energy", None)):
+    if has_energy(score_fn):
         return EnergyDensity()
     flow = ProbabilityFlow()
     return flow if math.prod(event_shape) <= flow.max_exact_dim else LineIntegral()
@@ -77,13 +79,14 @@ class DiffusionPrior(dist.Distribution):
     r"""A diffusion model as a NumPyro distribution.
 
     *Law.* `p_{t_min}`, the law of the data noised to `t_min`, the last time of the grid; under `OU()` that is
-    noise of sd 0.045. `sample` follows it up to the error of the inner kernel, which falls geometrically with
-    its `num_steps`, and `log_prob` up to that of `density`. The two agree as far as `score_fn` is a score.
+    noise of sd 0.045. `sample` follows it up to the error of the reverse kernel, which falls geometrically
+    with its `num_steps`, and `log_prob` up to that of `density`. The two agree as far as `score_fn` is a
+    score.
 
     *Shapes.* `batch_shape` is `()`, use `expand` or a plate for more; `event_shape` is that of one event,
     `()` for scalars. The support is real, so that every initialisation strategy works.
 
-    *Drawing.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, 96 by default. The
+    *Drawing.* `num_segments * reverse.evaluations_per_segment` score evaluations per draw, 96 by default. The
     first call of
     `sample` learns the curvature of every segment from 16 draws of a second-order predictor, noised and
     denoised: `16 (40 + num_segments + 1)` evaluations, 1,168 by default, 16 at a time, and two to check the
@@ -107,7 +110,7 @@ class DiffusionPrior(dist.Distribution):
         segments: Number of segments of a draw (placed by `segment_times`), or a decreasing time grid, whose
             ends are the noise and the data also for `log_prob`. `None`: 32, or every step of a discrete
             schedule that has fewer.
-        inner: The inner kernel of a draw; `None` is `PreconditionedMALA()`.
+        reverse: The reverse kernel of a draw; `None` is `PreconditionedMALA()`.
         density: `EnergyDensity()`, `ProbabilityFlow()` or `LineIntegral()`; `None`: the first if `score_fn`
             has a method `energy`, else the second where its trace is exact (up to 100 dimensions), else the
             third.
@@ -133,7 +136,7 @@ class DiffusionPrior(dist.Distribution):
         schedule: AbstractNoiseSchedule | None = None,
         *,
         segments: Any = None,
-        inner: AbstractInnerKernel | None = None,
+        reverse: AbstractInnerKernel | None = None,
         density: AbstractLogDensity | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -144,8 +147,8 @@ class DiffusionPrior(dist.Distribution):
         schedule = resolve_schedule(score_fn, schedule)
         schedule = OU() if schedule is None else schedule
         times = resolve_segments(schedule, segments, DEFAULT_SEGMENTS)
-        inner = PreconditionedMALA() if inner is None else inner
-        check_inner(inner, score_fn, times.size - 1)
+        reverse = PreconditionedMALA() if reverse is None else reverse
+        check_kernel("reverse", reverse, score_fn, times.size - 1)
         if density is None:
             density = _default_density(score_fn, shape)
         if not isinstance(density, AbstractLogDensity):
@@ -157,7 +160,7 @@ class DiffusionPrior(dist.Distribution):
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
         check_score_shape(score_fn, x, t, (), {}, in_model=True)
         density.check(score_fn, schedule, shape)
-        self._parts = (score_fn, schedule, inner, density)
+        self._parts = (score_fn, schedule, reverse, density)
         self._times = tuple(times.tolist())
         self._latents = running_latents()
         super().__init__((), shape, validate_args=validate_args)
@@ -166,7 +169,7 @@ class DiffusionPrior(dist.Distribution):
         return (
             f"DiffusionPrior(event_shape={self.event_shape}, schedule={self.schedule}, "
             f"segments={len(self._times) - 1}, "
-            f"inner={self.inner}, density={self.density})"
+            f"reverse={self.reverse}, density={self.density})"
         )
 
     @property
@@ -180,8 +183,8 @@ class DiffusionPrior(dist.Distribution):
         return self._parts[1]
 
     @property
-    def inner(self) -> AbstractInnerKernel:
-        """The inner kernel of a draw."""
+    def reverse(self) -> AbstractInnerKernel:
+        """The reverse kernel of a draw."""
         return self._parts[2]
 
     @property
@@ -195,9 +198,14 @@ class DiffusionPrior(dist.Distribution):
         return np.asarray(self._times)
 
     @property
+    def noise(self) -> NoiseRange:
+        """The noising process and its ends, which all kernels take from here."""
+        return NoiseRange(self.schedule, t_min=self._times[-1], t_max=self._times[0])
+
+    @property
     def num_score_evals(self) -> int:
         """Score evaluations per draw, without the pilot of each call of `sample`."""
-        return (len(self._times) - 1) * self.inner.evaluations_per_segment
+        return (len(self._times) - 1) * self.reverse.evaluations_per_segment
 
     @property
     def support(self) -> constraints.Constraint:
@@ -211,7 +219,7 @@ class DiffusionPrior(dist.Distribution):
         """`False`: draws are not differentiable."""
         return False
 
-    # As a PyTree its leaves are the arrays of the score, the inner kernel and the density; NumPyro's fields
+    # As a PyTree its leaves are the arrays of the score, the reverse kernel and the density; NumPyro's fields
     # would make leaves of functions, which `jit` refuses.
     def tree_flatten(self) -> Any:
         """Arrays, and all the rest."""
@@ -256,13 +264,12 @@ class DiffusionPrior(dist.Distribution):
         assert key is not None
         assert is_prng_key(key)
         dtype = jnp.result_type(float)
-        grid = segment_grid(self.schedule, self.segment_times, dtype)
-        tuning = self._tuning(grid, dtype)
+        grid = noise_grid(self.schedule, self.segment_times, dtype)
+        tuning, terminal = self._tuning(grid)
+        model = resolve_score(self.score_fn)
 
         def draw(key: RandomKey) -> Event:
-            noise_key, pass_key = jr.split(key)
-            noise = terminal_sample(noise_key, grid, self.event_shape, dtype)
-            result = reverse_pass(pass_key, self.score_fn, grid, self.inner, tuning, noise)
+            result = reverse_pass(key, model, grid, self.reverse, tuning, terminal)
             return jnp.where(result.failed, jnp.nan, result.x)
 
         draws = jax.jit(jax.vmap(draw))(jr.split(key, math.prod(sample_shape)))
@@ -290,7 +297,7 @@ class DiffusionPrior(dist.Distribution):
         if x.dtype != jnp.result_type(float):
             event = jax.ShapeDtypeStruct(self.event_shape, x.dtype)
             check_score_shape(self.score_fn, event, jax.ShapeDtypeStruct((), x.dtype), (), {}, in_model=True)
-        noise = NoiseRange(self.schedule, t_min=self._times[-1], t_max=self._times[0])
+        noise = self.noise
 
         def log_density(x: Event) -> Array:
             return log_density_with_score(self.density, self.score_fn, noise, x, self._latents)
@@ -300,52 +307,59 @@ class DiffusionPrior(dist.Distribution):
         batch = x.shape[:num_batch]
         return jax.vmap(log_density)(x.reshape(-1, *self.event_shape)).reshape(batch)
 
-    def _tuning(self, grid: SegmentGrid, dtype: Any) -> Tuning:
-        """What `RTKKernel` learns in warmup, from a pilot with a fixed key."""
-        curvature, profile = self._curvature(grid, dtype)
-        step_size = rule_step_size(self.inner, grid, curvature, math.prod(self.event_shape))
-        return Tuning(step_size, curvature, profile)
+    def _tuning(self, grid: NoiseGrid) -> tuple[Tuning, Terminal]:
+        """What `RTKKernel` learns in warmup, from a pilot with a fixed key, and the terminal Gaussian."""
+        curvature, profile, terminal = self._learnt(grid)
+        step_size = rule_step_size(self.reverse, grid, curvature, math.prod(self.event_shape))
+        return Tuning(step_size, curvature, profile), terminal
 
-    def _curvature(self, grid: SegmentGrid, dtype: Any) -> tuple[Array, Array]:
+    def _learnt(self, grid: NoiseGrid) -> tuple[Array, Array, Terminal]:
         # NumPyro traces a model, and builds its distributions anew, many times. The same score object has the
         # same curvature; should what it refers to have changed since, the tuning is less apt and the law the
         # same.
+        dtype = grid.t.dtype
         key = (id(self.score_fn), str(self.schedule), self._times, self.event_shape, str(dtype))
         known = _LEARNT.get(key)
         if known is not None:
-            return known.curvature, known.profile
+            return known.curvature, known.profile, known.terminal
         x, t = jnp.zeros(self.event_shape, dtype), jnp.zeros((), dtype)
         consts = jax.make_jaxpr(self.score_fn)(x, t).consts
         if any(isinstance(const, Tracer) for const in consts):
-            return self._pilot(grid, dtype)
+            return self._pilot(grid)
         with jax.ensure_compile_time_eval():
             # Inside, so that nothing here belongs to a trace that is under way.
-            grid = segment_grid(self.schedule, self.segment_times, dtype)
-            check_first_call(self.score_fn, grid, self.event_shape, dtype, (), {})
-            curvature, profile = jax.jit(self._pilot, static_argnums=1)(grid, dtype)
+            grid = noise_grid(self.schedule, self.segment_times, dtype)
+            called, (curvature, profile, terminal) = jax.jit(self._first)(grid)
+            check_first_call(called, grid)
         if not isinstance(curvature, Tracer):
             # A callable that cannot be referred to weakly is learnt from at each call.
             with contextlib.suppress(TypeError):
-                _LEARNT[key] = _Learnt(self.score_fn, curvature, profile)
-        return curvature, profile
+                _LEARNT[key] = _Learnt(self.score_fn, curvature, profile, terminal)
+        return curvature, profile, terminal
 
-    def _pilot(self, grid: SegmentGrid, dtype: Any) -> tuple[Array, Array]:
-        """Curvature of each segment, and its profile over coordinates, from draws of the second-order
-        predictor.
+    def _first(self, grid: NoiseGrid) -> Any:
+        return first_call(resolve_score(self.score_fn), grid, self.event_shape), self._pilot(grid)
+
+    def _pilot(self, grid: NoiseGrid) -> tuple[Array, Array, Terminal]:
+        """Curvature of each segment, its profile over coordinates, and the terminal Gaussian, from draws of
+        the second-order predictor.
         """
         draw_key, noise_key = jr.split(jr.key(0))
-        draws = prior_draws(draw_key, self.score_fn, self.schedule, self.event_shape, dtype, PILOT_DRAWS)
+        model = resolve_score(self.score_fn)
+        draws, terminal = prior_draws(
+            draw_key, model, self.noise, self.event_shape, grid.t.dtype, PILOT_DRAWS
+        )
         # One failed pass of the pilot must not spoil every draw.
         finite = jnp.all(jnp.isfinite(draws.reshape(PILOT_DRAWS, -1)), axis=1)
         good = draws[jnp.argmax(finite)]
         draws = jnp.where(finite.reshape(-1, *[1] * good.ndim), draws, good[None])
-        levels = noise_levels(self.schedule, self.segment_times, dtype)
-        curvature = run_pilot(noise_key, self.score_fn, levels, draws).curvature[1:]
+        curvature = run_pilot(noise_key, model, grid, draws).curvature[1:]
         # Where the network failed nothing is known but the bound.
-        bound = (1 / grid.sigma_s**2).reshape(-1, *[1] * good.ndim)
+        sigma_s = grid.sigma[1:]
+        bound = (1 / sigma_s**2).reshape(-1, *[1] * good.ndim)
         curvature = jnp.where(jnp.isfinite(curvature), curvature, bound)
         mean = jnp.mean(curvature, axis=tuple(range(1, curvature.ndim)))
         # Segments whose curvature is below its bound tell coordinates apart, as in the warmup of `RTKKernel`.
-        weights = 1 - mean * grid.sigma_s**2 + 1e-2
-        profile = jnp.tensordot(weights / jnp.sum(weights) * grid.sigma_s**2, curvature, axes=1)
-        return mean, profile
+        weights = 1 - mean * sigma_s**2 + 1e-2
+        profile = jnp.tensordot(weights / jnp.sum(weights) * sigma_s**2, curvature, axes=1)
+        return mean, profile, terminal

@@ -1,14 +1,17 @@
 """What draws a segment: the contract of all reverse kernels."""
 
 import abc
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from numpyro_rtk._custom_types import Event, Flag, RandomKey, Scalar
 from numpyro_rtk._reverse._segment import ReverseTransition
+from numpyro_rtk._score._model import has_energy
 
 
 class SegmentTuning(NamedTuple):
@@ -27,6 +30,11 @@ class SegmentEntry(NamedTuple):
     """`E[x_0 | x]` at the start of the segment before."""
     half_log_snr_step: Scalar
     """Length of the segment before in `log(alpha / sigma)`; 0 at the first segment."""
+
+
+def first_entry(x: Event) -> SegmentEntry:
+    """That of a segment with none before it."""
+    return SegmentEntry(jnp.zeros_like(x), jnp.zeros((), x.dtype))
 
 
 class SegmentResult(NamedTuple):
@@ -49,12 +57,28 @@ class SegmentResult(NamedTuple):
 
 
 class AbstractInnerKernel(eqx.Module):
-    """How one segment is drawn. Concrete subclasses are final and are values: all state is passed."""
+    """A reverse kernel: how one segment is drawn. The paper's *inner kernel*, to which it gives the name.
 
-    uses_score_at_start: eqx.AbstractClassVar[bool]
-    """Whether `ReverseTransition.score_t` is the network's score rather than zeros."""
+    Concrete subclasses are final and are values: all state is passed.
+    """
+
     adapts_step_size: eqx.AbstractClassVar[bool]
     """Whether warmup tunes the step size towards a target acceptance probability."""
+
+    @property
+    def given_step_size(self) -> Any:
+        """The step size that the user fixed, or `None` where it is tuned."""
+        return getattr(self, "step_size", None)
+
+    @property
+    def largest_step_size(self) -> float:
+        """Bound on tuned step sizes."""
+        return getattr(self, "max_step_size", math.inf)
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether a segment depends on the one before by more than `x_t`, as no particle's may."""
+        return False
 
     @property
     @abc.abstractmethod
@@ -100,23 +124,28 @@ def check_positive(owner: str, name: str, value: Any, *, scalar: bool = False) -
         raise ValueError(f"`{owner}({name}=...)` must be positive and finite, got {value!r}.")
 
 
-def check_inner(inner: Any, score_fn: Any, num_segments: int) -> None:
-    """Raise unless `inner` is an inner kernel that this score and grid can serve."""
-    if not isinstance(inner, AbstractInnerKernel):
-        hint = f" Did you mean `{inner.__name__}()`?" if isinstance(inner, type) else ""
-        raise TypeError(f"`inner` must be an inner kernel such as `MALA(num_steps=8)`, got {inner!r}.{hint}")
-    if inner.needs_energy and not callable(getattr(score_fn, "energy", None)):
+def check_reverse_kernel(name: str, kernel: Any) -> None:
+    """Raise unless the argument `name` is a reverse kernel."""
+    if not isinstance(kernel, AbstractInnerKernel):
+        hint = f" Did you mean `{kernel.__name__}()`?" if isinstance(kernel, type) else ""
+        what = "an inner kernel" if name == "inner" else "a reverse kernel"
+        raise TypeError(f"`{name}` must be {what} such as `MALA(num_steps=8)`, got {kernel!r}.{hint}")
+
+
+def check_kernel(name: str, kernel: Any, score_fn: Any, num_segments: int) -> None:
+    """Raise unless the argument `name` is a reverse kernel that this score and grid can serve."""
+    check_reverse_kernel(name, kernel)
+    if kernel.needs_energy and not has_energy(score_fn):
         raise TypeError(
-            f"`inner={type(inner).__name__}(energy_difference=ExactEnergy())` needs a score with a method "
-            f"`energy(x, t)`, but "
-            f"`score_fn` ({type(score_fn).__name__}) has none. Wrap an energy network as "
-            f"`EnergyScore(energy_fn)`, or use "
-            "`energy_difference=Trapezoid()`, which needs scores only."
+            f"`{name}={type(kernel).__name__}(energy_difference=ExactEnergy())` needs a score with a method "
+            f"`energy(x, t)`, but `score_fn` ({type(score_fn).__name__}) has none. Wrap an energy network as "
+            "`EnergyScore(energy_fn)`, or use `energy_difference=Trapezoid()`, which needs scores only."
         )
-    step_size = getattr(inner, "step_size", None)
+    step_size = kernel.given_step_size
     if step_size is not None and np.ndim(step_size) == 1 and np.shape(step_size)[0] != num_segments:
         raise ValueError(
-            f"`{type(inner).__name__}(step_size=...)` has {np.shape(step_size)[0]} values for {num_segments} "
+            f"`{type(kernel).__name__}(step_size=...)` has {np.shape(step_size)[0]} values for "
+            f"{num_segments} "
             f"segments. "
             "Give a scalar or one value per segment."
         )

@@ -41,13 +41,16 @@ class GaussianTransition(AbstractInnerKernel):
     """
 
     order: int = eqx.field(static=True, default=1)
-    uses_score_at_start: ClassVar[bool] = False
     adapts_step_size: ClassVar[bool] = False
     needs_energy: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
         if self.order not in (1, 2):
             raise ValueError(f"`GaussianTransition(order=...)` must be 1 or 2, got {self.order!r}.")
+
+    @property
+    def uses_history(self) -> bool:
+        return self.order == 2
 
     @property
     def evaluations_per_segment(self) -> int:
@@ -61,23 +64,24 @@ class GaussianTransition(AbstractInnerKernel):
         self, key: RandomKey, target: ReverseTransition, entry: SegmentEntry, tuning: SegmentTuning
     ) -> SegmentResult:
         del tuning
-        x, a, v = target.x_t, target.a, target.v
-        score = target.score_fn(x, target.t)
-        sigma_t_squared = a**2 * target.sigma_s**2 + v
+        x, segment = target.x_t, target.segment
+        a, v, sigma_s, alpha_t = segment.a, segment.v, segment.sigma_s, segment.alpha_t
+        score = target.score_fn(x, segment.t)
+        sigma_t_squared = a**2 * sigma_s**2 + v
         # With D = E[x_0 | x_t] = (x + sigma_t^2 score) / alpha_t, DDPM's mean is
         # (a sigma_s^2 x + v alpha_s D) / sigma_t^2. alpha_t is divided out: prediction = alpha_t D.
         prediction = x + sigma_t_squared * score
-        variance = v * target.sigma_s**2 / sigma_t_squared
+        variance = v * sigma_s**2 / sigma_t_squared
         # log(alpha / sigma) at s minus at t.
-        length = 0.5 * jnp.log1p(v / (a * target.sigma_s) ** 2)
-        data = prediction / target.alpha_t
+        length = 0.5 * jnp.log1p(v / (a * sigma_s) ** 2)
+        data = prediction / alpha_t
         extrapolated = data
         if self.order == 2:
             is_first = entry.half_log_snr_step <= 0
             ratio = jnp.where(is_first, 0.0, length / jnp.where(is_first, 1.0, entry.half_log_snr_step))
             extrapolated = data + 0.5 * ratio * (data - entry.data_prediction)
-        alpha_s = target.alpha_t / a
-        mean = (a * target.sigma_s**2 * x + v * alpha_s * extrapolated) / sigma_t_squared
+        alpha_s = alpha_t / a
+        mean = (a * sigma_s**2 * x + v * alpha_s * extrapolated) / sigma_t_squared
         z = mean + jnp.sqrt(variance) * jr.normal(key, x.shape, x.dtype)
         failed = ~all_finite(z, score)
         zeros = jnp.zeros_like(x)

@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 
 from numpyro_rtk._custom_types import Event, RandomKey, Scalar
+from numpyro_rtk._moves._langevin import langevin_move, log_langevin_ratio
 from numpyro_rtk._moves._line_integral import AbstractEnergyDifference, dot, Trapezoid
 from numpyro_rtk._reverse._base import check_num_steps, check_positive, SegmentTuning
 from numpyro_rtk._reverse._markov import AbstractMarkovKernel, check_start, Start
@@ -61,7 +61,6 @@ class MALA(AbstractMarkovKernel):
     start: Start = eqx.field(static=True, default="gaussian")
     max_move: float | None = None
     max_radius: float | None = None
-    uses_score_at_start: ClassVar[bool] = True
     adapts_step_size: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
@@ -95,9 +94,8 @@ class MALA(AbstractMarkovKernel):
         auxiliary: Any,
         tuning: SegmentTuning,
     ) -> tuple[Event, Any]:
-        drift = tuning.step_size * target.score(current.x, current.score)
-        noise = jr.normal(key, current.x.shape, current.x.dtype)
-        return current.x + drift + jnp.sqrt(2 * tuning.step_size) * noise, auxiliary
+        force = target.score(current.x, current.score)
+        return current.x + langevin_move(key, force, tuning.step_size), auxiliary
 
     def log_accept_ratio(
         self, target: ReverseTransition, current: Evaluation, proposal: Evaluation, tuning: SegmentTuning
@@ -112,11 +110,8 @@ class MALA(AbstractMarkovKernel):
             proposal.energy,
         )
         move = proposal.x - current.x
-        gradient = target.score(current.x, current.score)
-        new_gradient = target.score(proposal.x, proposal.score)
-        total = gradient + new_gradient
-        # log q(z | z') - log q(z' | z), the squares |z' - z|^2 cancelled by hand.
-        log_proposals = 0.25 * tuning.step_size * dot(gradient - new_gradient, total) - 0.5 * dot(move, total)
+        forces = target.score(current.x, current.score), target.score(proposal.x, proposal.score)
+        log_proposals = log_langevin_ratio(move, *forces, tuning.step_size)
         log_ratio = prior_difference + target.gaussian_difference(current.x, proposal.x) + log_proposals
         # Inside the ball the chain is reversible for the target restricted to the ball.
         if self.max_move is not None:

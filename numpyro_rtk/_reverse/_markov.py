@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from numpyro_rtk._custom_types import Event, Flag, RandomKey, Scalar
-from numpyro_rtk._moves._accept import all_finite, MAX_ENERGY_DROP, select
+from numpyro_rtk._moves._accept import all_finite, MAX_ENERGY_DROP, metropolis, select
 from numpyro_rtk._moves._line_integral import dot
 from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentResult, SegmentTuning
 from numpyro_rtk._reverse._segment import Evaluation, ReverseTransition
@@ -113,15 +113,13 @@ class AbstractMarkovKernel(AbstractInnerKernel):
             chord = 0.5 * dot(proposal.score + current.score, proposal.x - current.x)
             change = target.gaussian_difference(current.x, proposal.x) + chord
             usable = finite & (change > -MAX_ENERGY_DROP)
-            accept, accept_prob, failed = usable, usable.astype(proposal.x.dtype), ~usable
+            accept, accept_prob = usable, usable.astype(proposal.x.dtype)
+            diverging = failed = ~usable
         else:
-            # -inf is an ordinary rejection (outside the support, or a projected step); NaN and +inf are not.
-            finite &= log_ratio < jnp.inf
-            accept = finite & (-jr.exponential(key, dtype=log_ratio.dtype) < log_ratio)
-            accept_prob = jnp.where(finite, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
-            usable, failed = finite, jnp.zeros((), bool)
+            accept, accept_prob, diverging = metropolis(key, log_ratio, finite)
+            failed = jnp.zeros((), bool)
         new, new_auxiliary = select(accept, (proposal, new_auxiliary), (current, auxiliary))
-        return new, new_auxiliary, StepInfo(accept_prob, ~usable, failed)
+        return new, new_auxiliary, StepInfo(accept_prob, diverging, failed)
 
     def draw_start(self, key: RandomKey, target: ReverseTransition, tuning: SegmentTuning) -> Event:
         """Where the segment starts (see `start` in the kernels' docstrings)."""
@@ -130,9 +128,9 @@ class AbstractMarkovKernel(AbstractInnerKernel):
         elif self.start == "paper":
             # exp(-L |z|^2 - |x_t - a z|^2 / (2 v)): precision 2 L + a^2 / v.
             variance = 1 / (target.precision + 2 * tuning.curvature)
-            mean = variance * (target.a / target.v) * target.x_t
+            mean = variance * (target.segment.a / target.segment.v) * target.x_t
         else:
-            mean, variance = target.x_t / target.a, 1 / target.precision
+            mean, variance = target.x_t / target.segment.a, 1 / target.precision
         return mean + jnp.sqrt(variance) * jr.normal(key, target.x_t.shape, target.x_t.dtype)
 
     def run_segment(

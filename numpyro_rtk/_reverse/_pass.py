@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float
 
-from numpyro_rtk._custom_types import Event, Flag, PerSegment, RandomKey, ScoreFn
-from numpyro_rtk._noising._grid import SegmentGrid, terminal_variance
-from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentTuning
+from numpyro_rtk._custom_types import Event, Flag, PerSegment, RandomKey
+from numpyro_rtk._noising._grid import NoiseGrid, Segment
+from numpyro_rtk._noising._terminal import Terminal
+from numpyro_rtk._reverse._base import AbstractInnerKernel, first_entry, SegmentEntry, SegmentTuning
 from numpyro_rtk._reverse._segment import ReverseTransition
+from numpyro_rtk._score._model import ScoreModel
 
 
 class Tuning(NamedTuple):
@@ -36,27 +38,27 @@ class Tuning(NamedTuple):
         return jnp.minimum(curvature * shape / jnp.mean(shape), 1 / sigma_s**2)
 
 
-def default_tuning(inner: AbstractInnerKernel, grid: SegmentGrid, shape: tuple[int, ...]) -> Tuning:
+def default_tuning(inner: AbstractInnerKernel, grid: NoiseGrid, shape: tuple[int, ...]) -> Tuning:
     """Tuning before anything is learnt: safe for any `p_s`.
 
     The curvature of `-log p_s` is at most `1 / sigma_s^2`, whatever the data (its Hessian is
     `I / sigma_s^2 - alpha_s^2 Cov(x_0 | x_s) / sigma_s^4`). Step sizes given by the user are used as they
     are.
     """
-    curvature = 1 / grid.sigma_s**2
+    curvature = 1 / grid.sigma[1:] ** 2
     return Tuning(
         rule_step_size(inner, grid, curvature, math.prod(shape)), curvature, jnp.ones(shape, grid.t.dtype)
     )
 
 
 def rule_step_size(
-    inner: AbstractInnerKernel, grid: SegmentGrid, curvature: PerSegment, dim: int
+    inner: AbstractInnerKernel, grid: NoiseGrid, curvature: PerSegment, dim: int
 ) -> PerSegment:
     """Step sizes by the inner kernel's rule, or its own `step_size` where it has one."""
-    given = getattr(inner, "step_size", None)
+    given = inner.given_step_size
     if given is None:
         return inner.default_step_size(grid.a**2 / grid.v + curvature, dim)
-    return jnp.broadcast_to(jnp.asarray(given, grid.t.dtype), grid.t.shape)
+    return jnp.broadcast_to(jnp.asarray(given, grid.t.dtype), grid.a.shape)
 
 
 class ReverseResult(NamedTuple):
@@ -84,17 +86,28 @@ def num_score_evaluations(inner: AbstractInnerKernel, num_segments: int) -> int:
     return num_segments * inner.evaluations_per_segment
 
 
+class _Pass(NamedTuple):
+    """What is carried from segment to segment."""
+
+    x: Event
+    score: Event
+    entry: SegmentEntry
+    profile: Event
+    failed: Flag
+
+
 def reverse_pass(
     key: RandomKey,
-    score_fn: ScoreFn,
-    grid: SegmentGrid,
-    inner: AbstractInnerKernel,
+    score_fn: ScoreModel,
+    grid: NoiseGrid,
+    kernel: AbstractInnerKernel,
     tuning: Tuning,
-    x: Event,
+    terminal: Terminal,
     *,
+    x: Event | None = None,
     keep_path: bool = False,
 ) -> ReverseResult:
-    """Run the reverse pass from `x` at the top of the grid to `t_min`, for one event.
+    """Run the reverse pass from the top of the grid to `t_min`, for one event.
 
     A scan over segments, in which each segment hands its last score to the next; memory does not grow
     with the number of segments unless the path is kept. `num_segments * (num_steps + 1)`
@@ -102,49 +115,39 @@ def reverse_pass(
 
     Args:
         key: Random key.
-        score_fn: `score_fn(x, t)`.
-        grid: From `segment_grid`.
-        inner: The inner kernel.
+        score_fn: The score, with energies for kernels that need them.
+        grid: Segments.
+        kernel: The reverse kernel.
         tuning: Step sizes and curvatures of the segments.
-        x: Terminal noise, any shape, from `terminal_sample`.
+        terminal: The law at the top of the grid.
+        x: The point to start from; `None` draws it from `terminal`.
         keep_path: Whether to return the draws at all segment ends.
 
     Returns:
         The draw and what each segment reports.
     """
-    # The score at the top only centres the start of the first segment: the score of the law that x
-    # was drawn from, which costs no evaluation.
-    score = -x / terminal_variance(grid)
-
+    noise_key, segments_key = jr.split(key)
+    x = terminal.sample(noise_key) if x is None else x
+    segments = grid.segments
     # Segments where the curvature is below its bound tell coordinates apart; the others hardly do.
-    weights = 1 - tuning.curvature * grid.sigma_s**2 + 1e-2
+    weights = 1 - tuning.curvature * segments.sigma_s**2 + 1e-2
     weights = weights / jnp.sum(weights)
 
-    def body(carry: Any, inputs: tuple[RandomKey, SegmentGrid, Array, Array, Array]) -> Any:
-        x, score, entry, profile, failed = carry
+    def body(carry: _Pass, inputs: tuple[RandomKey, Segment, Array, Array, Array]) -> Any:
         key, segment, step_size, curvature, weight = inputs
         segment_tuning = SegmentTuning(step_size, tuning.by_coordinate(curvature, segment.sigma_s))
-        target = ReverseTransition(
-            score_fn=score_fn,
-            x_t=x,
-            score_t=score,
-            s=segment.s,
-            t=segment.t,
-            a=segment.a,
-            v=segment.v,
-            sigma_s=segment.sigma_s,
-            alpha_t=segment.alpha_t,
-        )
-        result = inner.run_segment(key, target, entry, segment_tuning)
-        profile = profile + weight * segment.sigma_s**2 * result.square_score
-        carry = (result.x, result.score, result.entry, profile, failed | result.failed)
+        target = ReverseTransition(score_fn, carry.x, carry.score, segment)
+        result = kernel.run_segment(key, target, carry.entry, segment_tuning)
+        profile = carry.profile + weight * segment.sigma_s**2 * result.square_score
         reported = (result.accept_prob, jnp.mean(result.square_score), result.diverging)
+        carry = _Pass(result.x, result.score, result.entry, profile, carry.failed | result.failed)
         return carry, (reported, result.x if keep_path else None)
 
-    keys = jr.split(key, grid.t.shape[0])
-    entry = SegmentEntry(jnp.zeros_like(x), jnp.zeros((), x.dtype))
-    carry = (x, score, entry, jnp.zeros_like(x), jnp.zeros((), bool))
-    inputs = (keys, grid, tuning.step_size, tuning.curvature, weights)
-    (x, _, _, profile, failed), (reported, path) = jax.lax.scan(body, carry, inputs)
+    # The score at the top only centres the start of the first segment: that of the law that x was drawn
+    # from costs no evaluation.
+    start = _Pass(x, terminal.score(x), first_entry(x), jnp.zeros_like(x), jnp.zeros((), bool))
+    keys = jr.split(segments_key, grid.num_segments)
+    inputs = (keys, segments, tuning.step_size, tuning.curvature, weights)
+    end, (reported, path) = jax.lax.scan(body, start, inputs)
     accept_prob, mean_square_score, diverging = reported
-    return ReverseResult(x, accept_prob, mean_square_score, profile, diverging, failed, path)
+    return ReverseResult(end.x, accept_prob, mean_square_score, end.profile, diverging, end.failed, path)

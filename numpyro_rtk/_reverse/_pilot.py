@@ -1,4 +1,4 @@
-"""What prior draws, noised and denoised, teach about the noise levels."""
+"""What prior draws, noised and denoised, teach about a prior: its terminal Gaussian and its noise levels."""
 
 from typing import Any, NamedTuple
 
@@ -7,82 +7,125 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
-from numpyro_rtk._custom_types import Event, RandomKey, ScoreFn
-from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._grid import Levels, mean_prediction, segment_grid, terminal_sample
-from numpyro_rtk._noising._times import segment_times
+from numpyro_rtk._custom_types import Event, RandomKey
+from numpyro_rtk._noising._grid import Level, mean_prediction, noise_grid, NoiseGrid
+from numpyro_rtk._noising._terminal import standard_terminal, Terminal
+from numpyro_rtk._noising._times import NoiseRange
 from numpyro_rtk._reverse._calibration import calibrate, Calibration
 from numpyro_rtk._reverse._gaussian import GaussianTransition
 from numpyro_rtk._reverse._pass import default_tuning, reverse_pass
+from numpyro_rtk._score._model import ScoreModel
 
 
 PILOT_SEGMENTS = 40
 """Segments of the passes that draw from the prior, at least."""
+
+TERMINAL_ROUNDS = 3
+"""Rounds of the fixed point that finds the terminal Gaussian."""
+
 PILOT_PRIOR_DRAWS = 5.0
-"""Weight of the mean over coordinates in errors and curvatures by coordinate, in draws."""
+"""Weight of the mean over coordinates in what is measured by coordinate, in draws."""
+
 MIN_RELATIVE_CURVATURE = 1e-4
 """Least curvature of a coordinate, as a fraction of its bound `1 / sigma^2`."""
 
 
 class Pilot(NamedTuple):
-    """What prior draws, noised and denoised, teach about the levels; every field has a leading axis of
-    levels.
-    """
+    """What prior draws, noised and denoised, teach about the levels; every field has an axis of levels."""
 
     residuals: Array
-    """Shape `(levels, draws, *event)`: `x_0 - E[x_0 | x_t]` of draws from the prior at `t_min`; 0 at the last
-    level.
-    """
+    """`x_0 - E[x_0 | x_t]` of draws from the prior at `t_min`, shape `(levels, draws, *event)`; 0 at the
+    last level."""
     mean_square: Array
-    """Shape `(levels, *event)`: their mean square by coordinate, slightly shrunk towards the mean over
-    coordinates.
-    """
+    """Shape `(levels, *event)`: their mean square by coordinate, shrunk a little towards its mean."""
     curvature: Array
     """Shape `(levels, *event)`: curvature of `-log p_t` by coordinate, `E score^2`, at most `1 / sigma^2`."""
     calibration: Calibration
     """Shape `(levels, draws)`: how well the score fits the noise that was added."""
 
 
+def measure_terminal(
+    key: RandomKey, score_fn: ScoreModel, grid: NoiseGrid, shape: tuple[int, ...], num_draws: int
+) -> Terminal:
+    r"""Mean and variance, by coordinate, of the data noised to the top of the grid.
+
+    With `x ~ N(m, T)` and `f = sigma^2 score(x)`, `x + f` is `alpha` times the denoised point, whose mean is
+    `alpha` times that of the data. The law of total variance gives theirs: `Var(x + f)` and the mean
+    conditional variance `sigma^2 (1 + E df/dx)`, with `E df/dx = Cov(x, f) / T` by Stein's identity. The
+    right Gaussian is a fixed point of both; errors shrink by the slope of the denoiser a round, which is
+    small where the top is nearly noise. Draws come in pairs `m +- z`, so that a linear score has no scatter.
+    `TERMINAL_ROUNDS * num_draws` evaluations.
+
+    Args:
+        key: Random key; a fixed one makes the result a property of the prior.
+        score_fn: The score.
+        grid: Its first level is the top.
+        shape: Shape of one event.
+        num_draws: Draws a round.
+
+    Returns:
+        That of standardised data where the score is not finite.
+    """
+    level, start = grid.level(0), standard_terminal(grid, shape)
+    half = jr.normal(key, (max(num_draws // 2, 1), *shape), grid.t.dtype)
+    noise = jnp.concatenate([half, -half])
+    floor = level.sigma**2
+
+    def one_round(current: Terminal, _: None) -> tuple[Terminal, None]:
+        sd = jnp.sqrt(current.variance)
+        x = current.mean[None] + sd[None] * noise
+        change = floor * jax.vmap(lambda x: score_fn(x, level.t))(x)
+        denoised = x + change
+        mean = jnp.mean(denoised, axis=0)
+        spread = _shrunk(jnp.mean((denoised - mean[None]) ** 2, axis=0), num_draws)
+        slope = jnp.sum(noise * change, axis=0) / (sd * jnp.sum(noise**2, axis=0))
+        unexplained = floor * jnp.clip(1 + _shrunk(slope, num_draws), 0.0, 1.0)
+        return Terminal(mean, floor + spread + unexplained), None
+
+    found, _ = jax.lax.scan(one_round, start, None, length=TERMINAL_ROUNDS)
+    usable = jnp.all(jnp.isfinite(found.mean)) & jnp.all(jnp.isfinite(found.variance))
+    return jax.tree.map(lambda measured, given: jnp.where(usable, measured, given), found, start)
+
+
 def prior_draws(
     key: RandomKey,
-    score_fn: ScoreFn,
-    schedule: AbstractNoiseSchedule,
+    score_fn: ScoreModel,
+    noise: NoiseRange,
     shape: tuple[int, ...],
     dtype: Any,
     num_draws: int,
-    num_segments: int = PILOT_SEGMENTS,
-) -> Array:
-    """Approximate prior draws by the second-order predictor: no tuning needed, `num_segments` evaluations
-    each.
+) -> tuple[Array, Terminal]:
+    """Approximate prior draws by the second-order predictor, which needs no tuning.
+
+    `PILOT_SEGMENTS + TERMINAL_ROUNDS` evaluations a draw.
 
     Returns:
-        Draws at `t_min`, shape `(num_draws, *event)`.
+        Draws at `t_min`, shape `(num_draws, *event)`, and the terminal Gaussian that they start from.
     """
-    num_segments = min(num_segments, schedule.max_segments)
-    grid = segment_grid(schedule, segment_times(schedule, num_segments), dtype)
-    inner = GaussianTransition(order=2)
-    tuning = default_tuning(inner, grid, shape)
+    terminal_key, draws_key = jr.split(key)
+    times = noise.times(min(PILOT_SEGMENTS, noise.max_segments))
+    grid = noise_grid(noise.schedule, times, dtype)
+    kernel = GaussianTransition(order=2)
+    tuning = default_tuning(kernel, grid, shape)
+    terminal = measure_terminal(terminal_key, score_fn, grid, shape, num_draws)
 
     def draw(key: RandomKey) -> Event:
-        noise_key, pass_key = jr.split(key)
-        return reverse_pass(
-            pass_key, score_fn, grid, inner, tuning, terminal_sample(noise_key, grid, shape, dtype)
-        ).x
+        return reverse_pass(key, score_fn, grid, kernel, tuning, terminal).x
 
-    return jax.vmap(draw)(jr.split(key, num_draws))
+    return jax.vmap(draw)(jr.split(draws_key, num_draws)), terminal
 
 
-def run_pilot(key: RandomKey, score_fn: ScoreFn, levels: Levels, draws: Array) -> Pilot:
+def run_pilot(key: RandomKey, score_fn: ScoreModel, grid: NoiseGrid, draws: Array) -> Pilot:
     """Noise prior draws to every level and denoise them: `levels * draws` score evaluations.
 
     Args:
         key: Random key; a fixed one makes the result a fixed property of the prior.
-        score_fn: `score_fn(x, t)` of one event.
-        levels: From `noise_levels`.
+        score_fn: The score.
+        grid: The levels.
         draws: Draws of the prior at `t_min`, shape `(draws, *event)`.
     """
 
-    def at_level(inputs: tuple[RandomKey, Levels]) -> Pilot:
+    def at_level(inputs: tuple[RandomKey, Level]) -> Pilot:
         key, level = inputs
         noise = jr.normal(key, draws.shape, draws.dtype)
         x = level.a * draws + jnp.sqrt(level.v) * noise
@@ -94,11 +137,14 @@ def run_pilot(key: RandomKey, score_fn: ScoreFn, levels: Levels, draws: Array) -
             residuals, _shrunk_mean_square(residuals), curvature, calibrate(noise, x, scores, level.v)
         )
 
-    keys = jr.split(key, levels.t.shape[0])
-    return jax.lax.map(at_level, (keys, levels))
+    return jax.lax.map(at_level, (jr.split(key, grid.num_levels), grid.levels))
 
 
 def _shrunk_mean_square(values: Array) -> Event:
-    mean_square = jnp.mean(values**2, axis=0)
-    weight = PILOT_PRIOR_DRAWS / (PILOT_PRIOR_DRAWS + values.shape[0])
-    return (1 - weight) * mean_square + weight * jnp.mean(mean_square)
+    return _shrunk(jnp.mean(values**2, axis=0), values.shape[0])
+
+
+def _shrunk(values: Event, num_draws: int) -> Event:
+    """What was measured by coordinate, shrunk towards its mean."""
+    weight = PILOT_PRIOR_DRAWS / (PILOT_PRIOR_DRAWS + num_draws)
+    return (1 - weight) * values + weight * jnp.mean(values)

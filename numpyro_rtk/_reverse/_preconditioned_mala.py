@@ -58,7 +58,6 @@ class PreconditionedMALA(AbstractMarkovKernel):
     energy_difference: AbstractEnergyDifference = eqx.field(default_factory=Trapezoid)
     start: Start = eqx.field(static=True, default="gaussian")
     max_step_size: float = eqx.field(static=True, default=0.5)
-    uses_score_at_start: ClassVar[bool] = True
     adapts_step_size: ClassVar[bool] = True
 
     def __check_init__(self) -> None:

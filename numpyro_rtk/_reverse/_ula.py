@@ -3,10 +3,9 @@
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax.numpy as jnp
-import jax.random as jr
 
 from numpyro_rtk._custom_types import Event, RandomKey, Scalar
+from numpyro_rtk._moves._langevin import langevin_move
 from numpyro_rtk._reverse._base import check_num_steps, check_positive, SegmentTuning
 from numpyro_rtk._reverse._markov import AbstractMarkovKernel, check_start, Start
 from numpyro_rtk._reverse._segment import Evaluation, ReverseTransition
@@ -39,7 +38,6 @@ class ULA(AbstractMarkovKernel):
     num_steps: int = eqx.field(static=True, default=16)
     step_size: Any = None
     start: Start = eqx.field(static=True, default="gaussian")
-    uses_score_at_start: ClassVar[bool] = True
     adapts_step_size: ClassVar[bool] = False
     needs_energy: ClassVar[bool] = False
 
@@ -64,9 +62,8 @@ class ULA(AbstractMarkovKernel):
         auxiliary: Any,
         tuning: SegmentTuning,
     ) -> tuple[Event, Any]:
-        drift = tuning.step_size * target.score(current.x, current.score)
-        noise = jr.normal(key, current.x.shape, current.x.dtype)
-        return current.x + drift + jnp.sqrt(2 * tuning.step_size) * noise, auxiliary
+        force = target.score(current.x, current.score)
+        return current.x + langevin_move(key, force, tuning.step_size), auxiliary
 
     def log_accept_ratio(
         self, target: ReverseTransition, current: Evaluation, proposal: Evaluation, tuning: SegmentTuning

@@ -105,7 +105,6 @@ class ULD(AbstractMarkovKernel):
     step_size: Any = None
     friction: Any = None
     start: Start = eqx.field(static=True, default="gaussian")
-    uses_score_at_start: ClassVar[bool] = True
     adapts_step_size: ClassVar[bool] = False
     needs_energy: ClassVar[bool] = False
 

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array
 
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._grid import SegmentGrid, terminal_sample, terminal_variance
+from numpyro_rtk._noising._grid import NoiseGrid
+from numpyro_rtk._noising._terminal import standard_terminal
+from numpyro_rtk._score._model import ScoreModel
 from numpyro_rtk._user import user_stack_level
 
 
@@ -123,51 +126,48 @@ CONVENTION_TOLERANCE = 0.3
 """How far `-<x, score> / |x|^2` at the top of the grid may be from its value under noise, relatively."""
 
 
-@eqx.filter_jit
-def _scores_at(score_fn: Any, x: Any, t: Any, args: Any, kwargs: Any) -> Any:
-    return jax.vmap(lambda x, t: score_fn(x, t, *args, **kwargs))(x, t)
+def first_call(model: ScoreModel, grid: NoiseGrid, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Points at both ends of the grid and the scores there, for `check_first_call`: two evaluations."""
+    top = standard_terminal(grid, shape)
+    noise = top.sample(jr.key(0))
+    ends = jnp.stack([noise, noise / jnp.sqrt(top.variance)])
+    times = jnp.stack([grid.t[0], grid.t[-1]])
+    return ends, jax.vmap(lambda x, t: model(x, t))(ends, times)
 
 
-def check_first_call(
-    score_fn: Any,
-    grid: SegmentGrid,
-    shape: tuple[int, ...],
-    dtype: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Evaluate the score at both ends of the grid; refuse NaN, warn where it cannot be a score.
+def check_first_call(called: tuple[Array, Array], grid: NoiseGrid) -> None:
+    """Refuse NaN of the score at either end of the grid, warn where it cannot be a score.
 
-    Two evaluations. At the top of the grid the law is nearly `N(0, variance I)`, whose score is
+    At the top of the grid the law is nearly `N(0, variance I)`, whose score is
     `-x / variance`: a score of the other sign or scale (a noise prediction passed as it is, another
     schedule) shows there. Under `jit`, or `vmap` over arguments of the score, there is no value to look at.
+
+    Args:
+        called: From `first_call`.
+        grid: The same as there.
     """
-    noise = terminal_sample(jr.key(0), grid, shape, dtype)
-    ends = jnp.stack([noise, noise / jnp.sqrt(terminal_variance(grid))])
-    times = jnp.stack([grid.t[0], grid.s[-1]])
-    scores = _scores_at(score_fn, ends, times, args, kwargs)
+    ends, scores = called
     if isinstance(scores, Tracer):
         return
+    times, noise = (grid.t[0], grid.t[-1]), ends[0]
+    top = standard_terminal(grid, noise.shape)
     scores = np.asarray(scores)
-    for score, t in zip(scores, np.asarray(times), strict=True):
+    for score, t in zip(scores, times, strict=True):
         if not np.all(np.isfinite(score)):
             bad = int(np.sum(~np.isfinite(score)))
             raise ValueError(
                 f"`score_fn` returned NaN or infinity at its first call, t={t:g} ({bad} of {score.size} "
-                f"values). "
-                "Check that the network was trained down to t_min and up to t_max of the schedule."
+                "values). Check that the network was trained down to t_min and up to t_max of the schedule."
             )
-    noise = np.asarray(noise)
-    ratio = -float(np.sum(noise * scores[0]) / np.sum(noise**2)) * float(terminal_variance(grid))
+    expected = np.asarray(top.score(noise))
+    ratio = float(np.sum(expected * scores[0]) / np.sum(expected**2))
     if not math.isclose(ratio, 1.0, abs_tol=CONVENTION_TOLERANCE):
         warnings.warn(
-            f"`score_fn` does not look like the score of noised, standardised data: at t={float(times[0]):g} "
-            f"it is "
-            f"{-ratio:.3g} x / variance, where -1 is expected. Check its convention (a network that predicts "
-            f"noise, data or "
-            "velocity needs `NoisePrediction`, `DataPrediction`, `VelocityPrediction` or `FlowVelocity`), "
-            "the schedule, "
-            "and that the grid starts where hardly any signal is left.",
+            "`score_fn` does not look like the score of noised, standardised data: at "
+            f"t={float(times[0]):g} it is {-ratio:.3g} x / variance, where -1 is expected. Check its "
+            "convention (a network that predicts noise, data or velocity needs `NoisePrediction`, "
+            "`DataPrediction`, `VelocityPrediction` or `FlowVelocity`), the schedule, and that the grid "
+            "starts where hardly any signal is left.",
             UserWarning,
             stacklevel=user_stack_level(),
         )

@@ -18,9 +18,15 @@ from jax import dtypes
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from numpyro_rtk._score._model import bind_score, score_methods, ScoreModel
+
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
+
+
+TRACED = "traced"
+"""In a fingerprint where an array is a tracer: a score that depends on arguments of a compiled program."""
 
 
 class HoistedArrays(eqx.Module):
@@ -29,35 +35,38 @@ class HoistedArrays(eqx.Module):
     arrays: Any
     fingerprint: str = eqx.field(static=True)
 
+    def current(self, own: "HoistedArrays", what: str) -> "HoistedArrays":
+        """The arrays to sample with: these, from a state, unless the score depends on traced arguments.
+
+        Args:
+            own: The arrays of the kernel that samples now.
+            what: What else may differ between the kernel of the state and this one, for the message.
+
+        Raises:
+            ValueError: if the state belongs to another kernel.
+        """
+        if TRACED in own.fingerprint:
+            return own
+        if TRACED not in self.fingerprint and self.fingerprint != own.fingerprint:
+            raise ValueError(
+                f"The state comes from a kernel with other network weights or {what} than this one, and "
+                f"draws "
+                "would mix the two. Start a new `MCMC` (or call `warmup` again) instead of re-using "
+                "`post_warmup_state`."
+            )
+        return self
+
 
 def _fingerprint(arrays: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(arrays):
         if isinstance(leaf, Tracer):
-            return "traced"
+            return TRACED
         values = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, dtypes.prng_key) else leaf
         values = np.asarray(values)
         digest.update(str((values.shape, values.dtype)).encode())
         digest.update(np.ascontiguousarray(values).view(np.uint8).data if values.size else b"")
     return digest.hexdigest()
-
-
-ENERGY_METHODS = ("energy", "energy_and_score")
-
-
-class _Rebuilt:
-    """A score callable, or what its kernel needs of it, on arrays that are handed in."""
-
-    def __init__(self, methods: dict[str, Callable[..., Any]]) -> None:
-        self._methods = methods
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._methods["__call__"](*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ENERGY_METHODS or name not in self._methods:
-            raise AttributeError(name)
-        return self._methods[name]
 
 
 def _without_jit(leaf: Any) -> Any:
@@ -99,11 +108,9 @@ def hoist(
     score_fn: Callable[..., Any],
     x: Any,
     t: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    with_energy: bool = False,
-) -> tuple[HoistedArrays, Callable[[Any], Callable[..., Any]]]:
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> tuple[HoistedArrays, Callable[[Any], ScoreModel]]:
     """Separate the arrays of a score callable from the rest.
 
     They are found by tracing it once, so that it does not matter whether a module holds them, a function
@@ -111,22 +118,18 @@ def hoist(
     itself calls through `jax.jit` stay hidden: they remain constants of the program.
 
     Args:
-        score_fn: `score_fn(x, t, *args, **kwargs)`.
+        score_fn: `score_fn(x, t, *args, **kwargs)`, perhaps with energies.
         x: Shape and dtype of one event.
         t: Shape and dtype of the time.
-        args: Further positional arguments.
+        args: Further positional arguments; they are not hoisted.
         kwargs: Further keyword arguments.
-        with_energy: Whether the energy methods are needed, too.
 
     Returns:
-        The arrays, each once, and a function that puts arrays of that structure back into a score callable.
+        The arrays, each once, and a function that makes the model, arguments bound, of arrays like them.
     """
-    score_fn = jax.tree.map(_without_jit, score_fn)
-    names = [name for name in ENERGY_METHODS if with_energy and hasattr(score_fn, name)]
-    methods = {name: getattr(score_fn, name) for name in names} | {"__call__": score_fn}
-    leaves, structure = jax.tree.flatten(
-        {name: _convert(method, x, t, args, kwargs) for name, method in methods.items()}
-    )
+    kwargs = {} if kwargs is None else kwargs
+    methods = score_methods(jax.tree.map(_without_jit, score_fn))
+    leaves, structure = jax.tree.flatten([_convert(method, x, t, args, kwargs) for method in methods])
     keys = [
         (_fingerprint(leaf), id(leaf) if isinstance(leaf, Tracer) else 0) if _is_array(leaf) else None
         for leaf in leaves
@@ -135,10 +138,10 @@ def hoist(
     position = {key: i for i, key in enumerate(unique)}
     found = list(unique.values())
 
-    def rebuild(arrays: list[Any]) -> Callable[..., Any]:
+    def rebuild(arrays: list[Any]) -> ScoreModel:
         filled = [
             leaf if key is None else arrays[position[key]] for key, leaf in zip(keys, leaves, strict=True)
         ]
-        return _Rebuilt(jax.tree.unflatten(structure, filled))
+        return bind_score(jax.tree.unflatten(structure, filled), args, kwargs)
 
     return HoistedArrays(found, _fingerprint(found)), rebuild

@@ -4,14 +4,14 @@ import abc
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.random as jr
 
 from numpyro_rtk._custom_types import RandomKey, Scalar
 from numpyro_rtk._moves._preconditioner import Preconditioner
 from numpyro_rtk._reverse._base import check_num_steps, check_positive
-from numpyro_rtk._smc._posterior import MoveInfo, Point, Posterior
+from numpyro_rtk._smc._moves import hmc_trajectories, mala_steps
+from numpyro_rtk._smc._point import MoveInfo, Point
+from numpyro_rtk._smc._posterior import Posterior
 
 
 class AbstractLocalMove(eqx.Module):
@@ -30,7 +30,7 @@ class AbstractLocalMove(eqx.Module):
         key: RandomKey,
         posterior: Posterior,
         point: Point,
-        preconditioner: Preconditioner,
+        mass: Preconditioner,
         step_size: Scalar,
     ) -> tuple[Point, MoveInfo]:
         """Move a draw evaluated at the last level."""
@@ -65,11 +65,11 @@ class LocalMALA(AbstractLocalMove):
         key: RandomKey,
         posterior: Posterior,
         point: Point,
-        preconditioner: Preconditioner,
+        mass: Preconditioner,
         step_size: Scalar,
     ) -> tuple[Point, MoveInfo]:
-        level = jnp.asarray(posterior.num_levels - 1)
-        return posterior.mala_steps(key, level, point, preconditioner, step_size, self.num_steps)
+        level = jnp.asarray(posterior.last)
+        return mala_steps(key, posterior, level, point, mass, step_size, self.num_steps)
 
 
 class LocalHMC(AbstractLocalMove):
@@ -82,7 +82,7 @@ class LocalHMC(AbstractLocalMove):
     *Cost.* `num_steps * num_trajectories` score evaluations an iteration.
 
     Args:
-        num_steps: Leapfrog steps per trajectory, an even number.
+        num_steps: Leapfrog steps per trajectory.
         num_trajectories: Trajectories per iteration, each with its own accept step.
         step_size: Relative to the preconditioner, jittered by a uniform factor from 0.6 to 1.2; `None`:
             adapted in warmup.
@@ -93,12 +93,7 @@ class LocalHMC(AbstractLocalMove):
     step_size: Any = None
 
     def __check_init__(self) -> None:
-        check_num_steps("LocalHMC", self.num_steps, 2)
-        if self.num_steps % 2:
-            raise ValueError(
-                f"`LocalHMC(num_steps=...)` must be even, got {self.num_steps}: energies are summed over "
-                f"pairs of steps."
-            )
+        check_num_steps("LocalHMC", self.num_steps)
         if (
             isinstance(self.num_trajectories, bool)
             or not isinstance(self.num_trajectories, int)
@@ -119,11 +114,7 @@ class LocalHMC(AbstractLocalMove):
         key: RandomKey,
         posterior: Posterior,
         point: Point,
-        preconditioner: Preconditioner,
+        mass: Preconditioner,
         step_size: Scalar,
     ) -> tuple[Point, MoveInfo]:
-        def body(point: Point, key: RandomKey) -> tuple[Point, MoveInfo]:
-            return posterior.hmc(key, point, preconditioner, step_size, self.num_steps)
-
-        point, info = jax.lax.scan(body, point, jr.split(key, self.num_trajectories))
-        return point, MoveInfo(jnp.mean(info.accept_prob), jnp.any(info.diverging))
+        return hmc_trajectories(key, posterior, point, mass, step_size, self.num_steps, self.num_trajectories)

@@ -6,8 +6,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_rtk._custom_types import RandomKey, ScoreFn
-from numpyro_rtk._noising._grid import _transition, Candidates
+from numpyro_rtk._custom_types import RandomKey
+from numpyro_rtk._noising._grid import Level, NoiseGrid
+from numpyro_rtk._score._model import ScoreModel
 
 
 NUM_PROBED_LEVELS = 32
@@ -27,7 +28,7 @@ EVEN_SHARE = 0.5
 informative likelihood needs levels at low noise, too."""
 
 
-def transition_difficulty(key: RandomKey, score_fn: ScoreFn, candidates: Candidates, draws: Array) -> Array:
+def transition_difficulty(key: RandomKey, score_fn: ScoreModel, candidates: NoiseGrid, draws: Array) -> Array:
     r"""How far reverse transitions are from the Gaussian that inner kernels propose from, per unit of log
     signal-to-noise ratio.
 
@@ -44,11 +45,11 @@ def transition_difficulty(key: RandomKey, score_fn: ScoreFn, candidates: Candida
     probed = np.unique(np.linspace(0, last, min(NUM_PROBED_LEVELS, last + 1)).round().astype(int))
     draws = draws[:MAX_PROBES]
 
-    def at_level(inputs: tuple[RandomKey, Array, Array, Array]) -> Array:
-        key, t, alpha, sigma = inputs
+    def at_level(inputs: tuple[RandomKey, Level]) -> Array:
+        key, level = inputs
+        t, sigma = level.t, level.sigma
         noise_key, probe_key = jr.split(key)
-        a, v = _transition(candidates.alpha[-1], candidates.sigma[-1], alpha, sigma)
-        x = a * draws + jnp.sqrt(v) * jr.normal(noise_key, draws.shape, draws.dtype)
+        x = level.a * draws + jnp.sqrt(level.v) * jr.normal(noise_key, draws.shape, draws.dtype)
         direction = jr.normal(probe_key, draws.shape, draws.dtype)
         scores = jax.vmap(lambda x: score_fn(x, t))
         change = sigma / PROBE * (scores(x + PROBE * sigma * direction) - scores(x))
@@ -60,8 +61,7 @@ def transition_difficulty(key: RandomKey, score_fn: ScoreFn, candidates: Candida
         return jnp.mean(jnp.where(jnp.isfinite(square), square, 0.0))
 
     keys = jr.split(key, probed.size)
-    chosen = tuple(leaf[probed] for leaf in candidates)
-    difficulty = jax.lax.map(at_level, (keys, *chosen))
+    difficulty = jax.lax.map(at_level, (keys, candidates.level(probed)))
     return jnp.interp(
         jnp.arange(last + 1, dtype=difficulty.dtype), jnp.asarray(probed, difficulty.dtype), difficulty
     )

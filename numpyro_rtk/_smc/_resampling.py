@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int
 
-from numpyro_rtk._custom_types import RandomKey, Scalar
+from numpyro_rtk._custom_types import Flag, RandomKey, Scalar
 
 
-def effective_sample_size(log_weights: Float[Array, " particles"]) -> Scalar:
-    """`1 / sum(W^2)` of the normalised weights; 0 where no weight is positive."""
+def particle_ess(log_weights: Float[Array, " particles"]) -> Scalar:
+    """Effective sample size `1 / sum(W^2)` of the normalised weights; 0 where no weight is positive."""
     weights = normalized_weights(log_weights)
     return jnp.where(jnp.any(log_weights > -jnp.inf), 1 / jnp.sum(weights**2), 0.0)
 
@@ -18,6 +18,16 @@ def normalized_weights(log_weights: Float[Array, " particles"]) -> Float[Array, 
     """Weights that sum to one; uniform where none is positive."""
     usable = jnp.any(log_weights > -jnp.inf)
     return jax.nn.softmax(jnp.where(usable, log_weights, 0.0))
+
+
+def pinned_weights(log_weights: Float[Array, " particles"]) -> tuple[Float[Array, " particles"], Flag]:
+    """Weights that sum to one, given that particle 0 exists; and whether none of them was positive.
+
+    Then the pinned particle has all the weight: to choose another one would leave the law.
+    """
+    usable = jnp.any(log_weights > -jnp.inf)
+    pinned = jnp.zeros_like(log_weights).at[0].set(1.0)
+    return jnp.where(usable, normalized_weights(log_weights), pinned), ~usable
 
 
 def systematic(key: RandomKey, weights: Float[Array, " particles"]) -> Int[Array, " particles"]:

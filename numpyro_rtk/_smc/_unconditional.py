@@ -8,13 +8,18 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from numpyro_rtk._custom_types import Count, Flag, RandomKey, Scalar
-from numpyro_rtk._smc._conditional import _at, _difference, max_step_size, SweepTuning
-from numpyro_rtk._smc._posterior import Point, Posterior
-from numpyro_rtk._smc._resampling import (
-    effective_sample_size,
-    normalized_weights,
-    systematic,
+from numpyro_rtk._smc._conditional import at, SweepTuning, weight_difference
+from numpyro_rtk._smc._moves import (
+    evaluations_per_reverse,
+    mala,
+    max_step_size,
+    preconditioner,
+    reverse,
+    terminal,
 )
+from numpyro_rtk._smc._point import Point
+from numpyro_rtk._smc._posterior import Posterior
+from numpyro_rtk._smc._resampling import normalized_weights, particle_ess, systematic
 
 
 MIN_LOG_BETA = -20.0
@@ -26,16 +31,29 @@ class StartInfo(NamedTuple):
 
     log_evidence: Scalar
     """Unbiased on the natural scale if nothing was adapted along the way."""
-    effective_sample_size: Float[Array, " levels"]
+    particle_ess: Float[Array, " levels"]
+    """Effective sample size of the particles at each level."""
     guided_step_size: Float[Array, " segments"]
+    """Step sizes of the guided moves, adapted or as given."""
     log_beta: Float[Array, " levels"]
+    """Log powers of what twists temper, adapted or as given."""
+
+
+class _Particles(NamedTuple):
+    """What is carried from level to level."""
+
+    points: Point
+    base: Array
+    """Log twists of the parents."""
+    log_beta: Float[Array, " levels"]
+    log_step_size: Scalar
+    """Of the guided moves at the level before."""
 
 
 def unconditional_sweep(
     key: RandomKey,
     posterior: Posterior,
     tuning: SweepTuning,
-    reference: Array,
     num_particles: int,
     num_guided_steps: int,
     target_accept_prob: float,
@@ -46,10 +64,9 @@ def unconditional_sweep(
 
     With `adapt` the guided step sizes follow their acceptance, and the powers of tempered twists keep half of
     the effective sample size where they can; then the estimate of the evidence is not exactly unbiased.
-    `num_particles * (1 + segments * (guided + evaluations_per_reverse))` evaluations, with `guided` for
-    `num_guided_steps * evaluations_per_guided_step`.
+    `unconditional_evaluations` score evaluations.
     """
-    last, max_step = posterior.num_levels - 1, max_step_size(posterior)
+    last, log_max_step = posterior.last, jnp.log(max_step_size(posterior))
     noise_key, scan_key, resample_key, choose_key = jr.split(key, 4)
 
     def weigh(level: Count, points: Point, base: Array, log_beta: Array) -> tuple[Point, Array, Array]:
@@ -57,62 +74,69 @@ def unconditional_sweep(
         given = log_beta[level]
         lowest = jnp.where(level > 0, log_beta[level - 1], MIN_LOG_BETA)
         power = jnp.where(adapt & (level < last), _choose_power(points, base, given, lowest), given)
-        other = jnp.nan_to_num(points.other, nan=-1e30, neginf=-1e30)
-        points = points._replace(log_twist=points.log_twist + (jnp.exp(power) - jnp.exp(given)) * other)
-        return points, _difference(points.log_twist, base), log_beta.at[level].set(power)
+        change = (jnp.exp(power) - jnp.exp(given)) * _finite(points.other)
+        points = points._replace(log_twist=points.log_twist + change)
+        return points, weight_difference(points.log_twist, base), log_beta.at[level].set(power)
 
-    def body(carry: Any, inputs: Any) -> Any:
-        points, base, log_beta, step_before = carry
-        key, level, reverse_step_size, step_given = inputs
+    def body(carry: _Particles, inputs: tuple[RandomKey, Count, Array, Array]) -> Any:
+        key, level, reverse_step_size, given_step_size = inputs
         resample_key, move_key, reverse_key = jr.split(key, 3)
-        points, log_weights, log_beta = weigh(level, points, base, log_beta)
-        ess, mean = effective_sample_size(log_weights), jax.nn.logsumexp(log_weights) - jnp.log(num_particles)
-        points = _at(points, systematic(resample_key, normalized_weights(log_weights)))
-        now = posterior_with(posterior, log_beta)
+        points, log_weights, log_beta = weigh(level, carry.points, carry.base, carry.log_beta)
+        points = at(points, systematic(resample_key, normalized_weights(log_weights)))
+        now = posterior.with_powers(log_beta)
         # With another power the twist has another gradient.
         points = jax.vmap(lambda p: now.with_twist(level, p.x, p.score, p.energy))(points)
         points = now.prepared(level, points)
-        preconditioner = now.preconditioner(level, reference)
+        mass = preconditioner(now, level)
 
-        def move(carry: Any, inputs: Any) -> Any:
-            points, log_step = carry
-            key, i = inputs
-            one = jax.vmap(lambda k, p: now.mala(k, level, p, preconditioner, jnp.exp(log_step), guided=True))
+        def move(carry: tuple[Point, Scalar], inputs: tuple[RandomKey, Scalar]) -> Any:
+            (points, log_step), (key, i) = carry, inputs
+            one = jax.vmap(lambda k, p: mala(k, now, level, p, mass, jnp.exp(log_step), guided=True))
             points, info = one(jr.split(key, num_particles), points)
             change = 1.5 / jnp.sqrt(i + 1.0) * (jnp.mean(info.accept_prob) - target_accept_prob)
-            return (
-                points,
-                jnp.where(adapt, jnp.minimum(log_step + change, jnp.log(max_step)), log_step),
-            ), None
+            return (points, jnp.where(adapt, jnp.minimum(log_step + change, log_max_step), log_step)), None
 
-        keys = jr.split(move_key, num_guided_steps)
-        log_step = jnp.log(jnp.where(adapt, step_before, step_given))
-        inputs = (keys, jnp.arange(num_guided_steps, dtype=posterior.dtype))
-        (points, log_step), _ = jax.lax.scan(move, (points, log_step), inputs)
-        reverse = jax.vmap(lambda key, point: now.reverse(key, level, point, reverse_step_size))
-        new, _ = reverse(jr.split(reverse_key, num_particles), points)
-        return (new, points.log_twist, log_beta, jnp.exp(log_step)), (mean, ess, jnp.exp(log_step))
+        log_step = jnp.where(adapt, carry.log_step_size, jnp.log(given_step_size))
+        steps = (jr.split(move_key, num_guided_steps), jnp.arange(num_guided_steps, dtype=posterior.dtype))
+        (points, log_step), _ = jax.lax.scan(move, (points, log_step), steps)
+        down = jax.vmap(lambda key, point: reverse(key, now, level, point, reverse_step_size))
+        new, _ = down(jr.split(reverse_key, num_particles), points)
+        mean = jax.nn.logsumexp(log_weights) - jnp.log(num_particles)
+        reported = (mean, particle_ess(log_weights), jnp.exp(log_step))
+        return _Particles(new, points.log_twist, log_beta, log_step), reported
 
-    xs = jax.vmap(posterior.terminal)(jr.split(noise_key, num_particles))
+    xs = jax.vmap(lambda key: terminal(key, posterior))(jr.split(noise_key, num_particles))
     points = jax.vmap(lambda x: posterior.evaluate(jnp.zeros((), int), x))(xs)
-    carry = (
+    start = _Particles(
         points,
         jnp.zeros(num_particles, posterior.dtype),
         posterior.log_beta,
-        tuning.guided_step_size[0],
+        jnp.log(tuning.guided_step_size[0]),
     )
     inputs = (jr.split(scan_key, last), jnp.arange(last), tuning.reverse_step_size, tuning.guided_step_size)
-    (points, base, log_beta, _), (means, all_ess, step_sizes) = jax.lax.scan(body, carry, inputs)
-    log_weights = _difference(points.log_twist, base)
+    end, (means, all_ess, step_sizes) = jax.lax.scan(body, start, inputs)
+    log_weights = weight_difference(end.points.log_twist, end.base)
     ancestors = systematic(resample_key, normalized_weights(log_weights))
     # Any particle is a draw once resampled, but their order is that of their ancestors.
     chosen = ancestors[jr.randint(choose_key, (), 0, num_particles)]
-    return _at(points, chosen), StartInfo(
+    return at(end.points, chosen), StartInfo(
         log_evidence=jnp.sum(means) + jax.nn.logsumexp(log_weights) - jnp.log(num_particles),
-        effective_sample_size=jnp.append(all_ess, effective_sample_size(log_weights)),
+        particle_ess=jnp.append(all_ess, particle_ess(log_weights)),
         guided_step_size=step_sizes,
-        log_beta=log_beta,
+        log_beta=end.log_beta,
     )
+
+
+def unconditional_evaluations(posterior: Posterior, num_particles: int, num_guided_steps: int) -> int:
+    """Score evaluations of an unconditional sweep, each counted for one event of every site."""
+    per_level = num_guided_steps * posterior.evaluations_per_guided_step
+    per_level += evaluations_per_reverse(posterior) + posterior.evaluations_to_prepare
+    return num_particles * (1 + posterior.last * per_level)
+
+
+def _finite(other: Array) -> Array:
+    """Log probabilities as numbers that powers may multiply."""
+    return jnp.nan_to_num(other, nan=-1e30, neginf=-1e30)
 
 
 def choose_sweep(
@@ -131,11 +155,6 @@ def choose_sweep(
     return jr.categorical(key, jnp.where(usable, finite, -jnp.inf))
 
 
-def posterior_with(posterior: Posterior, log_beta: Array) -> Posterior:
-    """The same with other powers."""
-    return Posterior(posterior.sites, posterior.terms, posterior.inner, log_beta, jacobian=posterior.jacobian)
-
-
 def _choose_power(points: Point, base: Array, log_beta: Scalar, lowest: Scalar) -> Scalar:
     """Largest log power of at most 0 that keeps half the effective sample size; the level above's if none
     does.
@@ -144,7 +163,7 @@ def _choose_power(points: Point, base: Array, log_beta: Scalar, lowest: Scalar) 
     rest = points.log_twist - jnp.exp(log_beta) * other
 
     def ess(candidate: Scalar) -> Scalar:
-        return effective_sample_size(_difference(rest + jnp.exp(candidate) * other, base))
+        return particle_ess(weight_difference(rest + jnp.exp(candidate) * other, base))
 
     def body(bounds: tuple[Scalar, Scalar], _: None) -> tuple[tuple[Scalar, Scalar], None]:
         low, high = bounds

@@ -10,8 +10,8 @@ import numpyro_rtk as rtk
 from benchmarks.problems import ring_mixture
 from numpyro_rtk._diagnosis._pilot import check_pilot, Subject
 from numpyro_rtk._diagnosis._significance import normal_limit, normal_score, symmetric_limit
-from numpyro_rtk._noising._grid import noise_levels
-from numpyro_rtk._noising._times import segment_times
+from numpyro_rtk._noising._grid import noise_grid
+from numpyro_rtk._noising._times import noise_range, segment_times
 from numpyro_rtk._reverse._calibration import calibrate, Calibration
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 
@@ -35,8 +35,9 @@ def found(score_fn, schedule, shape, num_draws=128, seed=0):
     times = segment_times(schedule, NUM_LEVELS)
 
     def measure():
-        draws = prior_draws(draw_key, score_fn, schedule, shape, jnp.float32, num_draws)
-        return run_pilot(pilot_key, score_fn, noise_levels(schedule, times, jnp.float32), draws).calibration
+        noise = noise_range(schedule)
+        draws, _ = prior_draws(draw_key, score_fn, noise, shape, jnp.float32, num_draws)
+        return run_pilot(pilot_key, score_fn, noise_grid(schedule, times, jnp.float32), draws).calibration
 
     subject = Subject("`score_fn`", str(schedule))
     return check_pilot(jax.jit(measure)(), times, int(np.prod(shape)), subject), times
@@ -124,7 +125,7 @@ def test_a_wrong_sign_is_told_apart(score_fn):
 def test_a_scale_at_one_level_is_found_there():
     # The other levels are right: the draws are made by the right score.
     schedule, times = rtk.VE(), segment_times(rtk.VE(), 10)
-    levels = noise_levels(schedule, times, jnp.float32)
+    levels = noise_grid(schedule, times, jnp.float32)
     score = gaussian(schedule, 1.0, 2.0)
     draws = 1.0 + jnp.sqrt(4.0 + schedule.sigma(times[-1]) ** 2) * jr.normal(jr.key(0), (64, 20))
 

@@ -15,10 +15,11 @@ from numpyro_rtk._diagnosis._round_trip import (
     Travellers,
     Trip,
 )
-from numpyro_rtk._noising._grid import noise_levels, segment_grid
+from numpyro_rtk._noising._grid import noise_grid
 from numpyro_rtk._noising._times import segment_times
 from numpyro_rtk._reverse._base import SegmentTuning
 from numpyro_rtk._reverse._pass import rule_step_size
+from numpyro_rtk._score._model import resolve_score
 from tests.helpers import Counter
 
 
@@ -32,8 +33,7 @@ def trip_of(mixture, inner, num_segments):
     """The trip with curvatures from exact draws, and exact draws at `t_min`."""
     schedule = mixture.schedule
     times = segment_times(schedule, num_segments)
-    grid = segment_grid(schedule, times, jnp.float32)
-    levels = noise_levels(schedule, times, jnp.float32)
+    grid = noise_grid(schedule, times, jnp.float32)
     dim = mixture.means.shape[1]
 
     def noised(key, t, num):
@@ -48,12 +48,12 @@ def trip_of(mixture, inner, num_segments):
             scores = jax.vmap(mixture, in_axes=(0, None))(noised(key, s, 1000), s)
             return jnp.mean(scores**2, axis=0)
 
-        return jax.lax.map(of_level, (jr.split(jr.key(0), num_segments), grid.s))
+        return jax.lax.map(of_level, (jr.split(jr.key(0), num_segments), grid.t[1:]))
 
     curvature = curvatures()
     step_size = rule_step_size(inner, grid, jnp.mean(curvature, axis=1), dim)
-    trip = Trip(lambda x, t: mixture(x, t), grid, levels, inner, SegmentTuning(step_size, curvature))
-    return trip, times, noised(jr.key(1), grid.s[-1], num_round_trip_draws(dim))
+    trip = Trip(resolve_score(lambda x, t: mixture(x, t)), grid, inner, SegmentTuning(step_size, curvature))
+    return trip, times, noised(jr.key(1), grid.t[-1], num_round_trip_draws(dim))
 
 
 @pytest.mark.parametrize("schedule", [rtk.OU(), rtk.EDM()])
@@ -102,7 +102,7 @@ def test_travellers_are_noised_draws_and_cost_what_is_said():
     got = jax.jit(lambda: travel(jr.key(0), trip._replace(score_fn=counter), draws[:200], jnp.asarray(3)))()
     assert counter.count == 200 * (trip.inner.evaluations_per_segment + 2)
     assert np.all(got.usable)
-    s = trip.grid.s[3]
+    s = trip.grid.t[4]
     for x in (got.before, got.after):
         alpha, sigma = float(rtk.OU().alpha(s)), float(rtk.OU().sigma(s))
         exact = alpha**2 * (1.8**2 * 4 * 0.25 * 0.75 + 0.15**2) + sigma**2

@@ -38,7 +38,7 @@ DATA = Mixture(
     np.array([[[0.20, 0.05], [0.05, 0.08]], [[0.08, -0.04], [-0.04, 0.15]]]),
 )
 PRIOR = DATA.at(float(SCHEDULE.alpha(SCHEDULE.t_min)), float(SCHEDULE.sigma(SCHEDULE.t_min)))
-SITE = DiffusionPrior(DATA.score(SCHEDULE), (2,), segments=2, inner=rtk.GaussianTransition())
+SITE = DiffusionPrior(DATA.score(SCHEDULE), (2,), segments=2, reverse=rtk.GaussianTransition())
 OPERATOR = np.array([[0.7, 0.9]])
 
 

@@ -38,7 +38,7 @@ def score_fn(x, t):
     return mixture(x, t)
 
 
-prior_of = functools.partial(DiffusionPrior, segments=2, inner=rtk.GaussianTransition())
+prior_of = functools.partial(DiffusionPrior, segments=2, reverse=rtk.GaussianTransition())
 PRIOR = prior_of(score_fn, (1,), SCHEDULE)
 
 
@@ -51,7 +51,7 @@ PAIR = prior_of(standard_normal, (2,))
 OPTIONS = {
     "segments": 6,
     "num_particles": 4,
-    "inner": rtk.PreconditionedMALA(1),
+    "reverse": rtk.PreconditionedMALA(1),
     "num_pilot_draws": 16,
     "num_restarts": 1,
 }

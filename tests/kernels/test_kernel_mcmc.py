@@ -17,6 +17,7 @@ from numpyro.infer import MCMC
 
 import numpyro_rtk as rtk
 from numpyro_rtk._numpyro import _rtk_kernel
+from numpyro_rtk._reverse._pilot import TERMINAL_ROUNDS
 
 
 Z_MAX = 5.5
@@ -606,7 +607,9 @@ def test_evaluations_are_counted_right(inner, evaluations_per_segment):
     per_pass = 3 * evaluations_per_segment
     np.testing.assert_array_equal(field(mcmc, "num_score_evals"), np.full((1, 6), per_pass))
     assert kernel.num_score_evals == per_pass
-    assert counter.count == (4 + 6) * per_pass + 2  # the two of `init`
+    # `init` checks the score at both ends of the grid, and measures the terminal Gaussian.
+    start = 2 + TERMINAL_ROUNDS * _rtk_kernel.TERMINAL_DRAWS
+    assert counter.count == (4 + 6) * per_pass + start
 
 
 @pytest.mark.parametrize("chain_method", ["vectorized", pytest.param("sequential", marks=pytest.mark.slow)])

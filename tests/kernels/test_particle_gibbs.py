@@ -25,8 +25,8 @@ from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKParticleGibbs
-from numpyro_rtk._numpyro import _particle_gibbs
-from numpyro_rtk._numpyro._particle_gibbs_warmup import warn_collapsed
+from numpyro_rtk._numpyro import _particle_gibbs_chain
+from numpyro_rtk._numpyro._collapse import warn_collapsed
 from numpyro_rtk._numpyro._sites import latent_diffusion_sites
 from tests.helpers import Counter
 
@@ -49,7 +49,7 @@ def standard_normal(x, t):
     return -x
 
 
-prior_of = functools.partial(DiffusionPrior, segments=2, inner=rtk.GaussianTransition())
+prior_of = functools.partial(DiffusionPrior, segments=2, reverse=rtk.GaussianTransition())
 PAIR, SCALAR, IMAGE = (
     prior_of(standard_normal, (2,)),
     prior_of(standard_normal, ()),
@@ -70,11 +70,13 @@ FIELDS = (
     "segment_accept_prob",
     "guided_accept_prob",
     "local_accept_prob",
-    "effective_sample_size",
+    "particle_ess",
     "changed",
     "depth",
     "log_evidence",
     "diverging",
+    "weighted",
+    "visited",
     "num_score_evals",
     "adapt_state.step_size",
     "adapt_state.guided_step_size",
@@ -84,7 +86,11 @@ FIELDS = (
 )
 SEGMENTS = 6
 make = functools.partial(
-    RTKParticleGibbs, segments=SEGMENTS, num_particles=6, inner=rtk.PreconditionedMALA(1), num_pilot_draws=32
+    RTKParticleGibbs,
+    segments=SEGMENTS,
+    num_particles=6,
+    reverse=rtk.PreconditionedMALA(1),
+    num_pilot_draws=32,
 )
 
 
@@ -130,24 +136,28 @@ def test_a_gaussian_posterior(gaussian):
 def test_what_the_state_reports(gaussian):
     extra = gaussian.get_extra_fields(group_by_chain=True)
     levels, chains, draws = SEGMENTS + 1, 4, 400
-    assert extra["effective_sample_size"].shape == (chains, draws, levels)
+    assert extra["particle_ess"].shape == (chains, draws, levels)
     assert (
         extra["segment_accept_prob"].shape == extra["guided_accept_prob"].shape == (chains, draws, SEGMENTS)
     )
-    assert set(np.unique(extra["depth"])) <= set(RTKParticleGibbs(denoising)._depths(levels))
+    assert set(np.unique(extra["depth"])) <= set(RTKParticleGibbs(denoising)._options.depths(levels))
     assert not np.any(extra["diverging"])
-    # Levels that a partial refresh leaves out, and those alone, are NaN.
+    # Levels that a partial refresh leaves out, and those alone, are masked, and zero.
     first = levels - 1 - np.minimum(np.asarray(extra["depth"]), levels - 1)
     visited = np.arange(SEGMENTS)[None, None] >= first[..., None]
-    np.testing.assert_array_equal(np.isfinite(extra["segment_accept_prob"]), visited)
-    np.testing.assert_array_equal(np.isfinite(extra["guided_accept_prob"]), visited)
+    np.testing.assert_array_equal(extra["visited"], visited)
+    assert np.all(extra["segment_accept_prob"][visited] > 0)
+    assert not np.any(extra["segment_accept_prob"][~visited])
+    assert not np.any(extra["guided_accept_prob"][~visited])
     full = np.asarray(extra["depth"]) == levels
-    ess = np.asarray(extra["effective_sample_size"])
-    np.testing.assert_array_equal(np.isfinite(ess[..., 0]), full)
-    assert np.all(np.isfinite(ess[..., -1]))
-    assert np.nanmin(ess) >= 1 - 1e-5
-    assert np.nanmax(ess) <= 6 + 1e-5
-    mean = np.nanmean(np.asarray(extra["segment_accept_prob"]), axis=-1)
+    ess, weighted = np.asarray(extra["particle_ess"]), np.asarray(extra["weighted"])
+    np.testing.assert_array_equal(weighted[..., 0], full)
+    assert np.all(weighted[..., -1])
+    np.testing.assert_array_equal(weighted[..., 1:], visited)
+    assert ess[weighted].min() >= 1 - 1e-5
+    assert ess[weighted].max() <= 6 + 1e-5
+    assert not np.any(ess[~weighted])
+    mean = np.sum(extra["segment_accept_prob"], axis=-1) / visited.sum(-1)
     np.testing.assert_allclose(extra["accept_prob"], mean, rtol=1e-5)
     for name in ("accept_prob", "local_accept_prob"):
         assert np.all((np.asarray(extra[name]) >= 0) & (np.asarray(extra[name]) <= 1 + 1e-6))
@@ -180,13 +190,13 @@ def test_arviz_takes_it_all(gaussian):
     names = set(data["sample_stats"].data_vars)
     assert {
         "diverging",
-        "effective_sample_size",
+        "particle_ess",
         "changed",
         "depth",
         "log_evidence",
         "num_score_evals",
     } <= names
-    assert data["sample_stats"]["effective_sample_size"].shape == (4, 400, SEGMENTS + 1)
+    assert data["sample_stats"]["particle_ess"].shape == (4, 400, SEGMENTS + 1)
     assert float(az.rhat(data, var_names=["x"])["x"].max()) < 1.05
 
 
@@ -203,13 +213,14 @@ def test_resuming_re_uses_the_state_and_does_not_adapt_again(gaussian):
 
 def test_pickling(gaussian):
     kernel = pickle.loads(pickle.dumps(make(denoising)))
-    assert repr(kernel).startswith("RTKParticleGibbs(num_particles=6, segments=6, inner=PreconditionedMALA(")
+    start = "RTKParticleGibbs(num_particles=6, segments=6, reverse=PreconditionedMALA("
+    assert repr(kernel).startswith(start)
     again = pickle.loads(pickle.dumps(gaussian))
     np.testing.assert_array_equal(again.get_samples()["x"], gaussian.get_samples()["x"])
 
 
 def test_another_kernel_refuses_the_state(gaussian):
-    with pytest.raises(ValueError, match="other network weights, another inner kernel, other segments"):
+    with pytest.raises(ValueError, match="other network weights or another reverse kernel, other segments"):
         make(denoising, num_particles=5).sample(gaussian.last_state, (Y,), {})
 
 
@@ -252,7 +263,7 @@ def test_num_score_evals_are_those_of_the_network(local, energy):
     state = kernel.init(jr.key(0), 0, None, (), {})
     step = jax.jit(lambda state: kernel.sample(state, (), {}))
     jax.block_until_ready(step.lower(state).compile())
-    depths = kernel._depths(segments + 1)
+    depths = kernel._options.depths(segments + 1)
     for i, depth in enumerate(depths):
         one = jnp.zeros(len(depths)).at[i].set(1.0)
         state = state._replace(adapt_state=state.adapt_state._replace(depth_prob=one))
@@ -278,9 +289,7 @@ def placed_times(score_fn, segments):
         numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros(1))
 
     state = make(model, segments=segments, num_pilot_draws=64).init(jr.key(0), 0, None, (), {})
-    grid, levels = state.shared.grids[0]
-    np.testing.assert_array_equal(levels.t, np.append(grid.t, grid.s[-1]))
-    return np.asarray(levels.t)
+    return np.asarray(state.shared.measured[0].grid.t)
 
 
 def test_a_number_of_segments_is_placed_and_a_grid_is_kept():
@@ -307,7 +316,7 @@ def test_a_number_of_segments_is_placed_and_a_grid_is_kept():
         (True, 101, rtk.PreconditionedMALA(energy_difference=rtk.ExactEnergy(), max_step_size=4.0)),
     ],
 )
-def test_the_default_inner_kernel(has_energy, dim, expected):
+def test_the_default_reverse_kernel(has_energy, dim, expected):
     score_fn = rtk.EnergyScore(lambda x, t: 0.5 * jnp.sum(x**2)) if has_energy else standard_normal
 
     def model():
@@ -315,7 +324,7 @@ def test_the_default_inner_kernel(has_energy, dim, expected):
         numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros(dim))
 
     kernel = RTKParticleGibbs(model)
-    inner = kernel._inner_for(latent_diffusion_sites(model, jr.key(0), (), {}))
+    inner = kernel._options.kernel_for(latent_diffusion_sites(model, jr.key(0), (), {}))
     assert inner == expected
     # Either way three evaluations a transition.
     assert inner.evaluations_per_segment == 3
@@ -341,7 +350,8 @@ def test_the_default_inner_kernel(has_energy, dim, expected):
         ),
         ({"refresh_depths": 0.5}, ValueError, "`refresh_depths` must be fractions of the levels"),
         ({"target_accept_prob": 1.0}, ValueError, "`target_accept_prob` must be strictly between 0 and 1"),
-        ({"inner": rtk.MALA}, TypeError, r"`inner` must be an inner kernel .* Did you mean `MALA\(\)`"),
+        ({"reverse": rtk.MALA}, TypeError, r"`reverse` must be a reverse kernel .* Did you mean `MALA\(\)`"),
+        ({"reverse": rtk.GaussianTransition(order=2)}, ValueError, r"`reverse=.*order=2.*first order"),
         ({"twist": rtk.GaussianTwist}, TypeError, r"`twist` must be .* Did you mean `GaussianTwist\(\)`"),
         ({"twist": "gaussian"}, TypeError, "`twist` must be"),
         ({"local": rtk.LocalHMC}, TypeError, r"`local` must be .* Did you mean `LocalHMC\(\)`"),
@@ -362,13 +372,12 @@ def test_arguments_are_checked_when_the_kernel_is_made(options, error, message):
     ],
 )
 def test_depths_of_refreshes(given, depths):
-    assert RTKParticleGibbs(denoising, **given)._depths(25) == depths
+    assert RTKParticleGibbs(denoising, **given)._options.depths(25) == depths
 
 
 @pytest.mark.parametrize(
     ("make_move", "message"),
     [
-        (lambda: rtk.LocalHMC(num_steps=3), r"`LocalHMC\(num_steps=...\)` must be even"),
         (lambda: rtk.LocalHMC(num_steps=0), r"`LocalHMC\(num_steps=...\)`"),
         (lambda: rtk.LocalHMC(num_trajectories=0), r"`LocalHMC\(num_trajectories=...\)` must be an integer"),
         (lambda: rtk.LocalHMC(step_size=-1.0), r"`LocalHMC\(step_size=...\)` must be positive"),
@@ -483,7 +492,7 @@ REFUSED = [
     (
         denoising,
         (Y,),
-        {"inner": rtk.MALA(2, energy_difference=rtk.ExactEnergy())},
+        {"reverse": rtk.MALA(2, energy_difference=rtk.ExactEnergy())},
         r"needs a score with a method `energy\(x, t\)`",
     ),
 ]
@@ -525,10 +534,11 @@ def test_a_start_of_likelihood_zero_is_refused():
 
 
 def test_the_warning_of_collapsed_weights_names_levels():
-    times = np.array([5.0, 1.0, 0.1])
-    with pytest.warns(UserWarning, match=r"below 2 of 16 in most warmup sweeps at level 1 \(t=1, 75%\)\."):
-        warn_collapsed(np.array([0.0, 3.0, 2.0]), np.array([4.0, 4.0, 4.0]), times, 16)
-    warn_collapsed(np.array([0.0, 2.0, 0.0]), np.array([4.0, 4.0, 0.0]), times, 16)  # nothing
+    times, ess = np.array([5.0, 1.0, 0.1]), np.array([[9.0, 1.2, 1.5], [9.0, 1.9, 2.5], [9.0, 2.5, 2.5]])
+    with pytest.warns(UserWarning, match=r"below 2 of 16 at level 1 \(t=1\)\. The law is not affected"):
+        warn_collapsed(ess, times, 16)
+    warn_collapsed(ess[1:, ::2], times[::2], 16)  # nothing
+    warn_collapsed(ess, times, 2)  # two particles are never more than two
 
 
 # Everything below runs more programs, and is slow.
@@ -633,7 +643,7 @@ def test_the_start_is_the_draw_of_the_chosen_sweep(monkeypatch):
         return np.asarray(state.z["x"]), np.asarray(state.log_evidence)
 
     chosen, evidence = starts()
-    monkeypatch.setattr(_particle_gibbs, "choose_sweep", lambda *args: 0)
+    monkeypatch.setattr(_particle_gibbs_chain, "choose_sweep", lambda *args: 0)
     first, same = starts()
     # The estimate is that of the sweep that adapts nothing, whichever gives the start.
     np.testing.assert_allclose(same, evidence, rtol=1e-4)
@@ -644,7 +654,7 @@ def test_the_start_is_the_draw_of_the_chosen_sweep(monkeypatch):
 def test_float64(x64):
     mcmc = run(make(denoising), jnp.asarray(np.asarray(Y, np.float64)))
     assert mcmc.get_samples()["x"].dtype == np.float64
-    assert mcmc.get_extra_fields()["effective_sample_size"].dtype == np.float64
+    assert mcmc.get_extra_fields()["particle_ess"].dtype == np.float64
 
 
 @pytest.mark.slow
@@ -671,7 +681,7 @@ def test_warmup_then_run():
 def test_the_evidence_is_unbiased(model):
     # Estimates of many chains on the natural scale, against the closed form, with their own standard error.
     sd = 0.5 if model is denoising else 0.1
-    kernel = make(model, num_particles=8, segments=8, inner=rtk.PreconditionedMALA(4), num_pilot_draws=128)
+    kernel = make(model, num_particles=8, segments=8, reverse=rtk.PreconditionedMALA(4), num_pilot_draws=128)
     state = kernel.init(jr.split(jr.key(3), 400), 0, None, (Y,), {})
     exact = stats.norm.logpdf(np.asarray(Y), 0, np.sqrt(1 + sd**2)).sum()
     ratio = np.exp(np.asarray(state.log_evidence, np.float64) - exact)

@@ -33,10 +33,10 @@ def standard_normal(x, t):
     return -x
 
 
-prior_of = functools.partial(DiffusionPrior, segments=2, inner=rtk.GaussianTransition())
+prior_of = functools.partial(DiffusionPrior, segments=2, reverse=rtk.GaussianTransition())
 PAIR, SCALAR = prior_of(standard_normal, (3,)), prior_of(standard_normal, ())
 Y = jnp.array([1.5, -0.5, 0.3])
-OPTIONS = {"segments": 8, "num_particles": 8, "inner": rtk.PreconditionedMALA(1), "num_pilot_draws": 32}
+OPTIONS = {"segments": 8, "num_particles": 8, "reverse": rtk.PreconditionedMALA(1), "num_pilot_draws": 32}
 
 
 def unknown_noise(y):
@@ -79,7 +79,7 @@ def run(
     )
     fields = (
         "block_states.0.num_score_evals",
-        "block_states.0.effective_sample_size",
+        "block_states.0.particle_ess",
         "block_states.1.num_steps",
     )
     mcmc.run(jr.key(seed), *args, extra_fields=options.pop("extra_fields", fields), **options)
@@ -117,7 +117,7 @@ def test_an_unknown_noise_scale_against_quadrature(unknown):
 @pytest.mark.slow
 def test_each_block_reports(unknown):
     extra = unknown.get_extra_fields(group_by_chain=True)
-    assert extra["block_states.0.effective_sample_size"].shape == (4, 1000, 9)
+    assert extra["block_states.0.particle_ess"].shape == (4, 1000, 9)
     assert np.mean(extra["block_states.1.num_steps"]) > 1
     assert unknown.last_state.block_states[0].shared.iteration == 1300
 
@@ -155,11 +155,13 @@ def test_restarts_leave_the_other_latents_time_to_settle():
     for _ in range(17):
         state = sample(state)
         depths.append(np.asarray(state.block_states[0].depth))
-    full = state.block_states[0].effective_sample_size.shape[1]
+    full = state.block_states[0].particle_ess.shape[1]
     restarted = [i for i, depth in enumerate(depths) if np.all(depth == full)]
     assert restarted == [0, 1, 3]
     assert all(np.all(depth == 0) for i, depth in enumerate(depths) if i not in restarted)
-    due = RTKParticleGibbs(unknown_noise, num_restarts=5)._restarts_at(jnp.arange(200), jnp.asarray(200))
+    due = RTKParticleGibbs(unknown_noise, num_restarts=5)._options.restarts_at(
+        jnp.arange(200), jnp.asarray(200)
+    )
     assert np.flatnonzero(due).tolist() == [0, 1, 3, 7, 15]
 
 

@@ -49,7 +49,7 @@ def skewed_score(x, t):
 
 # NumPyro and ArviZ draw from the prior when they trace a model, and each draw compiles a reverse pass: a
 # short one here.
-prior_of = functools.partial(DiffusionPrior, segments=2, inner=rtk.GaussianTransition())
+prior_of = functools.partial(DiffusionPrior, segments=2, reverse=rtk.GaussianTransition())
 
 GAUSSIAN = prior_of(standard_normal, (10,))
 SCALAR = prior_of(standard_normal, ())

@@ -12,7 +12,7 @@ from scipy import stats
 from numpyro_rtk._moves._leapfrog import (
     evaluation,
     leapfrog,
-    Point,
+    PathPoint,
     unit_velocity,
 )
 from tests.helpers import Counter
@@ -173,7 +173,7 @@ def test_step_size_zero_is_the_identity():
 def test_one_evaluation_per_step(num_steps):
     counter = Counter(lambda x, t: -x)
     evaluate = evaluation(lambda p: {"x": counter(p["x"], 0.0)}, lambda p: jnp.sum(p["x"]))
-    start = Point({"x": jnp.ones(3)}, {"x": -jnp.ones(3)}, jnp.array(3.0), {"x": jnp.ones(3)})
+    start = PathPoint({"x": jnp.ones(3)}, {"x": -jnp.ones(3)}, jnp.array(3.0), {"x": jnp.ones(3)})
     step = jax.jit(lambda n: leapfrog(evaluate, unit_velocity, start, {"x": jnp.ones(3)}, 0.1, n))
     end = step(num_steps)
     assert counter.count == num_steps == end.num_evaluations
@@ -193,7 +193,9 @@ def test_non_finite_values_diverge(bad, where):
     def broken(position):
         value = jnp.where(position["x"][0] > 0.5, bad, 0.0)
         score = {"x": -position["x"] + (value if where == "score" else 0.0)}
-        return Point(position, score, value if where == "potential" else jnp.zeros(()), {"x": jnp.zeros(2)})
+        return PathPoint(
+            position, score, value if where == "potential" else jnp.zeros(()), {"x": jnp.zeros(2)}
+        )
 
     start = {"x": jnp.zeros(2)}
     end = leapfrog(broken, unit_velocity, broken(start), {"x": jnp.ones(2)}, 0.2, 10)
@@ -205,7 +207,7 @@ def test_non_finite_values_diverge(bad, where):
 def test_coarse_paths_are_unresolved():
     # From a steep flank leapfrog overshoots far into the flat tail, where the chords claim a gain of density.
     def flank(position):
-        return Point(
+        return PathPoint(
             position, {"x": 1 - jnp.exp(position["x"])}, jnp.zeros(()), {"x": jnp.zeros_like(position["x"])}
         )
 
@@ -223,7 +225,7 @@ def test_coarse_paths_are_unresolved():
 
 def test_unresolved_either_way(x64):
     def flank(position):
-        return Point(
+        return PathPoint(
             position, {"x": 1 - jnp.exp(position["x"])}, jnp.zeros(()), {"x": jnp.zeros_like(position["x"])}
         )
 
@@ -271,7 +273,7 @@ P_MIN = 2.5e-5
 
 def skewed_evaluate(position, *, sign=1.0):
     x = position["x"]
-    return Point(position, {"x": sign * (1 - jnp.exp(x))}, jnp.zeros(()), {"x": jnp.zeros_like(x)})
+    return PathPoint(position, {"x": sign * (1 - jnp.exp(x))}, jnp.zeros(()), {"x": jnp.zeros_like(x)})
 
 
 @functools.partial(jax.jit, static_argnames=("order", "accept", "num_steps", "flip"))

@@ -137,8 +137,9 @@ def test_evaluations_of_draws():
         before = counter.count
         jax.block_until_ready(build().sample(jr.key(0), (num_draws,)))
         counts.append(counter.count - before)
-    # Two to check the score and the pilot, at the first call with this score.
-    assert counts == [2 + 16 * (40 + 11) + 30, 120]
+    # Two to check the score and the pilot (40 segments and 3 rounds for the terminal Gaussian), at the first
+    # call with this score.
+    assert counts == [2 + 16 * (40 + 3 + 11) + 30, 120]
 
 
 def test_failed_passes_are_nan():
@@ -176,7 +177,7 @@ def test_is_a_distribution():
         with pytest.raises(NotImplementedError):
             getattr(prior, name)
     assert prior.score_fn is normal_score
-    assert isinstance(prior.inner, rtk.PreconditionedMALA)
+    assert isinstance(prior.reverse, rtk.PreconditionedMALA)
     assert (prior.segment_times.shape, prior.segment_times[0], prior.segment_times[-1]) == ((9,), 5.0, 1e-3)
     assert rtk.DiffusionPrior(normal_score, (3,)).segment_times.shape == (33,)
 
@@ -550,7 +551,7 @@ def test_images_have_a_finite_density_and_gradient():
             "`segments` must be at least 1",
         ),
         (
-            lambda: rtk.DiffusionPrior(normal_score, (2,), inner=rtk.MALA),
+            lambda: rtk.DiffusionPrior(normal_score, (2,), reverse=rtk.MALA),
             TypeError,
             "`inner` must be an inner kernel",
         ),

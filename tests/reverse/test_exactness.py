@@ -19,9 +19,11 @@ import scipy.linalg
 import scipy.stats
 
 import numpyro_rtk as rtk
+from numpyro_rtk._noising._grid import Segment
 from numpyro_rtk._reverse._base import SegmentTuning
 from numpyro_rtk._reverse._markov import AbstractMarkovKernel
 from numpyro_rtk._reverse._segment import Evaluation, ReverseTransition
+from numpyro_rtk._score._model import resolve_score, ScoreModel
 
 
 # Probability that a right library fails any check in this file, and the number of p-values it takes.
@@ -98,21 +100,16 @@ PROBLEMS = {
 }
 
 
+def make_segment(a, v):
+    a, v, t, s, alpha_t, sigma_s = (jnp.asarray(value) for value in (a, v, 0.2, 0.1, 0.8, 0.3))
+    return Segment(t, s, a, v, alpha_t, sigma_s)
+
+
 @eqx.filter_jit
 def _move(kernel, score_fn, z, x_t, keys, v, tuning, num_steps):
     def one(z, x_t, key):
         # The proposals of PreconditionedMALA may depend on x_t in any way: here a rough guess of the score.
-        target = ReverseTransition(
-            score_fn,
-            x_t,
-            -0.5 * x_t,
-            s=jnp.asarray(0.1),
-            t=jnp.asarray(0.2),
-            a=jnp.asarray(0.9),
-            v=v,
-            sigma_s=jnp.asarray(0.3),
-            alpha_t=jnp.asarray(0.8),
-        )
+        target = ReverseTransition(resolve_score(score_fn), x_t, -0.5 * x_t, make_segment(0.9, v))
         aux_key, steps_key = jr.split(key)
         current = target.evaluate(z, with_energy=kernel.needs_energy)
 
@@ -208,7 +205,6 @@ class Tampered(AbstractMarkovKernel):
     num_steps: int = eqx.field(static=True, default=1)
     step_size: object = None
     start: str = eqx.field(static=True, default="gaussian")
-    uses_score_at_start = True
     adapts_step_size = True
     needs_energy = True
 
@@ -280,17 +276,8 @@ PRECISION_S, V, A = 1.5, 0.4, 0.9
 
 
 def _gaussian_target():
-    return ReverseTransition(
-        lambda x, t: -PRECISION_S * x,
-        jnp.zeros(1),
-        jnp.zeros(1),
-        s=jnp.asarray(0.1),
-        t=jnp.asarray(0.2),
-        a=jnp.asarray(A),
-        v=jnp.asarray(V),
-        sigma_s=jnp.asarray(0.3),
-        alpha_t=jnp.asarray(0.8),
-    )
+    score_fn = ScoreModel(lambda x, t: -PRECISION_S * x)
+    return ReverseTransition(score_fn, jnp.zeros(1), jnp.zeros(1), make_segment(A, V))
 
 
 def _stationary_variance(kernel, h, friction):

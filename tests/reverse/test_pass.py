@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import numpyro_rtk as rtk
-from numpyro_rtk._noising._grid import segment_grid, terminal_sample
+from numpyro_rtk._noising._grid import noise_grid
+from numpyro_rtk._noising._terminal import standard_terminal
 from numpyro_rtk._reverse._pass import default_tuning, reverse_pass
 
 
@@ -19,11 +20,11 @@ def gaussian_score(x, t):
 
 
 def temporary_bytes(num_segments, inner, keep_path):
-    grid = segment_grid(rtk.OU(), rtk.segment_times(rtk.OU(), num_segments), jnp.float32)
-    tuning = default_tuning(inner, grid, EVENT)
+    grid = noise_grid(rtk.OU(), rtk.segment_times(rtk.OU(), num_segments), jnp.float32)
+    tuning, terminal = default_tuning(inner, grid, EVENT), standard_terminal(grid, EVENT)
 
     def run(key, x):
-        result = reverse_pass(key, gaussian_score, grid, inner, tuning, x, keep_path=keep_path)
+        result = reverse_pass(key, gaussian_score, grid, inner, tuning, terminal, x=x, keep_path=keep_path)
         return result.path if keep_path else result.x
 
     compiled = jax.jit(run).lower(jr.key(0), jnp.zeros(EVENT)).compile().memory_analysis()
@@ -53,31 +54,29 @@ def test_ddpm_has_its_own_bias_on_white_data():
     # For N(0, I) data the mean of the transition is a x, exactly, and DDPM's variance v sigma_s^2 / sigma_t^2
     # in place of v makes the variance of the pass a linear recursion.
     schedule = rtk.OU()
-    grid = segment_grid(schedule, rtk.segment_times(schedule, 12), jnp.float32)
+    grid = noise_grid(schedule, rtk.segment_times(schedule, 12), jnp.float32)
     inner = rtk.GaussianTransition()
-    tuning = default_tuning(inner, grid, (1,))
+    tuning, terminal = default_tuning(inner, grid, (1,)), standard_terminal(grid, (1,))
 
     def one(key):
-        noise_key, pass_key = jr.split(key)
-        x = terminal_sample(noise_key, grid, (1,), jnp.float32)
-        return reverse_pass(pass_key, gaussian_score, grid, inner, tuning, x).x[0]
+        return reverse_pass(key, gaussian_score, grid, inner, tuning, terminal).x[0]
 
     draws = np.asarray(jax.jit(jax.vmap(one))(jr.split(jr.key(0), 100_000)), np.float64)
     variance = 1.0
     for a, v, sigma_s in zip(
-        *(np.asarray(f, np.float64) for f in (grid.a, grid.v, grid.sigma_s)), strict=True
+        *(np.asarray(f, np.float64) for f in (grid.a, grid.v, grid.segments.sigma_s)), strict=True
     ):
         variance = a**2 * variance + v * sigma_s**2 / (a**2 * sigma_s**2 + v)
     assert variance < 0.98  # the bias is far larger than what the test resolves
     assert abs(np.var(draws) / variance - 1) < 4.5 * np.sqrt(2 / len(draws))
 
 
-def test_terminal_sample_has_the_stated_variance():
+def test_the_standard_terminal_has_the_stated_variance():
     for schedule, variance in (
         (rtk.OU(), 1.0),
         (rtk.VE(sigma_min=0.1, sigma_max=3.0), 10.0),
         (rtk.FlowMatching(t_max=0.999), 0.998002),
     ):
-        grid = segment_grid(schedule, rtk.segment_times(schedule, 3), jnp.float32)
-        x = terminal_sample(jr.key(0), grid, (200_000,), jnp.float32)
+        grid = noise_grid(schedule, rtk.segment_times(schedule, 3), jnp.float32)
+        x = standard_terminal(grid, (200_000,)).sample(jr.key(0))
         assert abs(float(jnp.var(x)) / variance - 1) < 4.5 * np.sqrt(2 / x.size)

@@ -27,11 +27,13 @@ from numpyro_rtk import (
 )
 from numpyro_rtk._moves._line_integral import AbstractEnergyDifference
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._grid import segment_grid, terminal_sample, terminal_variance
+from numpyro_rtk._noising._grid import noise_grid
+from numpyro_rtk._noising._terminal import standard_terminal, terminal
 from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentTuning
 from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
 from numpyro_rtk._reverse._uld import force_weight, position_noise_scale, velocity_weight
 from numpyro_rtk._score._adapters import AbstractNetworkScore
+from numpyro_rtk._score._model import resolve_score
 from tests.helpers import Counter, make_target
 
 
@@ -77,7 +79,7 @@ def random_points(count, seed=0):
 
 
 def log_target(target, log_prior):
-    return lambda z: log_prior(z) - jnp.sum((target.x_t - target.a * z) ** 2) / (2 * target.v)
+    return lambda z: log_prior(z) - jnp.sum((target.x_t - target.segment.a * z) ** 2) / (2 * target.segment.v)
 
 
 def log_gaussian(z, mean, variance):
@@ -90,7 +92,7 @@ def log_proposal(kernel, target, tuning, density):
     if isinstance(kernel, MALA):
         return lambda new, z: log_gaussian(new, z + h * jax.grad(density)(z), 2 * h)
     # The reference N(m, c I), of which the proposal without the gradient is the Ornstein-Uhlenbeck process.
-    m, c, e = target.mean, 1 / (target.a**2 / target.v + tuning.curvature), jnp.exp(-h)
+    m, c, e = target.mean, 1 / (target.segment.a**2 / target.segment.v + tuning.curvature), jnp.exp(-h)
     gradient = jax.grad(lambda z: density(z) - log_gaussian(z, m, c))
     return lambda new, z: log_gaussian(new, m + e * (z - m) + (1 - e) * c * gradient(z), (1 - e**2) * c)
 
@@ -121,7 +123,9 @@ def test_log_accept_ratio_is_that_of_metropolis_hastings(make, make_score, rule,
     target, tuning = segment(score_fn), as_dtype((step_size, CURVATURE))
     kernel = make(energy_difference=rule)
     z, new = jnp.asarray(random_points(50)), jnp.asarray(random_points(50, seed=1))
-    brute_force = brute_force_log_ratio(kernel, target, tuning, lambda z: score_fn.log_density(z, target.s))
+    brute_force = brute_force_log_ratio(
+        kernel, target, tuning, lambda z: score_fn.log_density(z, target.segment.s)
+    )
     expected = jax.jit(jax.vmap(brute_force))(z, new)
     # The brute force subtracts squares over the step size from each other.
     np.testing.assert_allclose(
@@ -226,13 +230,13 @@ def test_preconditioned_mala_of_huge_step_is_an_independent_exact_draw(x64):
     here, there = propose(jnp.asarray([5.0, -3.0, 0.0])), propose(jnp.zeros(3))
     np.testing.assert_allclose(here, there, rtol=1e-12)
     # The target is N(m, 1 / (a^2/v + 1/variance)).
-    scale = 1 / jnp.sqrt(target.a**2 / target.v + curvature)
+    scale = 1 / jnp.sqrt(target.segment.a**2 / target.segment.v + curvature)
     np.testing.assert_allclose(here, target.mean + scale * jr.normal(key, (3,)), rtol=1e-12)
 
 
 def test_mala_proposal_is_langevin(x64):
     target, tuning, key = segment(mixture()), as_dtype(TUNING), jr.key(0)
-    density = log_target(target, lambda z: mixture().log_density(z, target.s))
+    density = log_target(target, lambda z: mixture().log_density(z, target.segment.s))
     z = jnp.asarray([0.3, 0.8])
     expected = z + 0.07 * jax.grad(density)(z) + jnp.sqrt(0.14) * jr.normal(key, (2,))
     for kernel in (MALA(), ULA()):
@@ -278,7 +282,7 @@ def test_a_projected_step_is_an_ordinary_rejection():
 def test_starts(kernel, start, monkeypatch, x64):
     kernel = type(kernel)(start=start)
     target, tuning = segment(mixture()), as_dtype(TUNING)
-    a, v, curvature = target.a, target.v, CURVATURE
+    a, v, curvature = target.segment.a, target.segment.v, CURVATURE
     # Gaussians by their log densities: precision from the Hessian, mean from one Newton step.
     log_density = {
         "gaussian": lambda z: log_gaussian(z, target.mean, 1 / (a**2 / v + curvature)),
@@ -440,7 +444,7 @@ def test_uld_keeps_the_normal_law_of_velocity(monkeypatch, x64):
 
 def test_uld_default_friction_is_critical(x64):
     target, tuning = segment(mixture()), as_dtype(TUNING)
-    smoothness = float(target.a**2 / target.v + CURVATURE.mean())
+    smoothness = float(target.segment.a**2 / target.segment.v + CURVATURE.mean())
     current, velocity = target.evaluate(jnp.asarray([0.3, 0.8])), jnp.asarray([0.1, -0.4])
     adapted = ULD().propose(jr.key(0), target, current, velocity, tuning)
     given = ULD(friction=2 * np.sqrt(smoothness)).propose(jr.key(0), target, current, velocity, tuning)
@@ -451,13 +455,11 @@ def test_uld_default_friction_is_critical(x64):
 
 
 def run(kernel, score_fn, num_segments, *, dim=2, dtype=jnp.float32, num_chains=None, **kwargs):
-    grid = segment_grid(SCHEDULE, segment_times(SCHEDULE, num_segments), dtype)
-    tuning = default_tuning(kernel, grid, (dim,))
+    grid = noise_grid(SCHEDULE, segment_times(SCHEDULE, num_segments), dtype)
+    tuning, top = default_tuning(kernel, grid, (dim,)), standard_terminal(grid, (dim,))
 
     def one(key):
-        x_key, pass_key = jr.split(key)
-        x = terminal_sample(x_key, grid, (dim,), dtype)
-        return reverse_pass(pass_key, score_fn, grid, kernel, tuning, x, **kwargs)
+        return reverse_pass(key, resolve_score(score_fn), grid, kernel, tuning, top, **kwargs)
 
     if num_chains is None:
         return jax.jit(one)(jr.key(0))
@@ -505,12 +507,11 @@ def test_the_network_is_traced_once_however_long_the_pass(make):
     traces = []
     for num_segments, num_steps in ((2, 1), (7, 13)):
         counter = Counter(lambda x, t: -x)
-        grid = segment_grid(SCHEDULE, segment_times(SCHEDULE, num_segments), jnp.float32)
+        grid = noise_grid(SCHEDULE, segment_times(SCHEDULE, num_segments), jnp.float32)
         kernel = make(num_steps)
         tuning = default_tuning(kernel, grid, (2,))
-        program = jax.make_jaxpr(lambda key: reverse_pass(key, counter, grid, kernel, tuning, jnp.ones(2)))(
-            jr.key(0)
-        )
+        top = standard_terminal(grid, (2,))
+        program = jax.make_jaxpr(lambda key: reverse_pass(key, counter, grid, kernel, tuning, top))(jr.key(0))
         traces.append(counter.num_traces)
         assert str(program).count("debug_callback[") == 1  # what the compiler gets
     # A scan may trace its body again to settle the type of its carry.
@@ -519,14 +520,13 @@ def test_the_network_is_traced_once_however_long_the_pass(make):
 
 def test_inner_kernels_run_in_a_trace_of_their_fields():
     # A step size per segment that is an array, as a PyTree leaf, is an argument of the compiled program.
-    grid = segment_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
+    grid = noise_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
 
     @jax.jit
     def function(step_size):
         kernel = MALA(2, step_size=step_size)
-        return reverse_pass(
-            jr.key(0), lambda x, t: -x, grid, kernel, default_tuning(kernel, grid, (2,)), jnp.ones(2)
-        ).x
+        tuning, top = default_tuning(kernel, grid, (2,)), standard_terminal(grid, (2,))
+        return reverse_pass(jr.key(0), lambda x, t: -x, grid, kernel, tuning, top, x=jnp.ones(2)).x
 
     assert np.all(function(jnp.full(K, 0.01)) != function(jnp.full(K, 0.02)))
 
@@ -538,11 +538,11 @@ def test_inner_kernels_run_in_a_trace_of_their_fields():
 def test_dtypes_and_shapes_of_a_pass(kernel, x64_mode):
     with jax.enable_x64(x64_mode):
         dtype = jnp.dtype(jnp.float64 if x64_mode else jnp.float32)
-        grid = segment_grid(SCHEDULE, segment_times(SCHEDULE, K), dtype)
-        tuning = default_tuning(kernel, grid, (2, 3))
+        grid = noise_grid(SCHEDULE, segment_times(SCHEDULE, K), dtype)
+        tuning, top = default_tuning(kernel, grid, (2, 3)), standard_terminal(grid, (2, 3))
 
         def function(key, x, keep_path):
-            return reverse_pass(key, lambda x, t: -x, grid, kernel, tuning, x, keep_path=keep_path)
+            return reverse_pass(key, lambda x, t: -x, grid, kernel, tuning, top, x=x, keep_path=keep_path)
 
         x = jnp.ones((2, 3), dtype)
         results = [
@@ -565,11 +565,12 @@ def test_dtypes_and_shapes_of_a_pass(kernel, x64_mode):
 
 def test_float32_in_float64_mode_stays_float32(x64):
     kernel = PreconditionedMALA()
-    grid = segment_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
-    tuning = default_tuning(kernel, grid, (2,))
-    function = lambda key, x: reverse_pass(key, lambda x, t: -x, grid, kernel, tuning, x)
-    result = jax.eval_shape(function, jr.key(0), jnp.ones(2, jnp.float32))
-    assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32), jnp.dtype(bool)}
+    grid = noise_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
+    tuning, top = default_tuning(kernel, grid, (2,)), standard_terminal(grid, (2,))
+    function = lambda key, x: reverse_pass(key, lambda x, t: -x, grid, kernel, tuning, top, x=x)
+    for x in (jnp.ones(2, jnp.float32), None):
+        result = jax.eval_shape(function, jr.key(0), x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32), jnp.dtype(bool)}
 
 
 def test_keeping_the_path_changes_nothing_and_ends_at_the_draw():
@@ -587,22 +588,34 @@ def test_network_sees_the_ends_of_the_segments():
         jax.debug.callback(lambda t, x: seen.append(float(t)), t, x)
         return -x
 
-    grid = segment_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
+    grid = noise_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
     run(MALA(1), score_fn, K)
     jax.effects_barrier()
-    assert sorted(seen) == sorted(np.repeat(np.asarray(grid.s, float), 2).tolist())
+    assert sorted(seen) == sorted(np.repeat(np.asarray(grid.segments.s, float), 2).tolist())
     seen.clear()
     run(GaussianTransition(), score_fn, K)
     jax.effects_barrier()
-    assert sorted(seen) == sorted(np.asarray(grid.t, float).tolist())
+    assert sorted(seen) == sorted(np.asarray(grid.segments.t, float).tolist())
 
 
 def test_terminal_law():
     for schedule, variance in ((OU(), 1.0), (VP(), 1.0)):
-        grid = segment_grid(schedule, segment_times(schedule, 4), jnp.float32)
-        np.testing.assert_allclose(terminal_variance(grid), variance, rtol=1e-6)
-        expected = np.sqrt(variance) * jr.normal(jr.key(0), (5,))
-        np.testing.assert_allclose(terminal_sample(jr.key(0), grid, (5,), jnp.float32), expected, rtol=1e-6)
+        grid = noise_grid(schedule, segment_times(schedule, 4), jnp.float32)
+        top = standard_terminal(grid, (5,))
+        np.testing.assert_array_equal(top.mean, np.zeros(5))
+        np.testing.assert_allclose(top.variance, np.full(5, variance), rtol=1e-6)
+        noise = jr.normal(jr.key(0), (5,))
+        np.testing.assert_allclose(top.sample(jr.key(0)), np.sqrt(variance) * noise, rtol=1e-6)
+        np.testing.assert_allclose(top.score(noise), -noise / variance, rtol=1e-6)
+        # Of data with another mean and variance: their noised law.
+        mean, data_variance = jnp.array([0.3, -2.0]), jnp.array([0.5, 4.0])
+        other = terminal(grid, mean, data_variance)
+        alpha, sigma = (np.float64(f(schedule.t_max)) for f in (schedule.alpha, schedule.sigma))
+        np.testing.assert_allclose(other.mean, alpha * np.asarray(mean), rtol=1e-5)
+        np.testing.assert_allclose(other.variance, alpha**2 * np.asarray(data_variance) + sigma**2, rtol=1e-6)
+        log_density = lambda x: multivariate_normal.logpdf(x, other.mean, jnp.diag(other.variance))
+        x = jnp.array([0.7, -0.4])
+        np.testing.assert_allclose(other.score(x), jax.grad(log_density)(x), rtol=1e-5)
 
 
 @every_markov_kernel
@@ -647,15 +660,16 @@ def test_transitions_are_sde_dpm_solver_plus_plus(order, x64):
     # first order it is DDPM again.
     schedule, score_fn, key = VP(), mixture(VP()), jr.key(1)
     times = jnp.asarray([0.9, 0.5, 0.3, 0.05])
-    grid = segment_grid(schedule, np.asarray(times), jnp.float64)
+    grid = noise_grid(schedule, np.asarray(times), jnp.float64)
     kernel = GaussianTransition(order=order)
     x = jnp.asarray([0.4, -0.9])
-    result = reverse_pass(key, score_fn, grid, kernel, default_tuning(kernel, grid, (2,)), x, keep_path=True)
+    tuning, top = default_tuning(kernel, grid, (2,)), standard_terminal(grid, (2,))
+    result = reverse_pass(key, score_fn, grid, kernel, tuning, top, x=x, keep_path=True)
 
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     lam = jnp.log(alpha / sigma)
     path, data_before = [], None
-    for i, noise_key in enumerate(jr.split(key, 3)):
+    for i, noise_key in enumerate(jr.split(jr.split(key)[1], 3)):
         h = lam[i + 1] - lam[i]
         data = (x + sigma[i] ** 2 * score_fn(x, times[i])) / alpha[i]
         correction = 0.0
@@ -827,12 +841,12 @@ def test_default_step_sizes_scale_with_precision(kernel, x64):
 
 
 def test_given_step_sizes_are_used_as_they_are():
-    grid = segment_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
+    grid = noise_grid(SCHEDULE, segment_times(SCHEDULE, K), jnp.float32)
     np.testing.assert_array_equal(default_tuning(MALA(step_size=0.25), grid, (3, 3)).step_size, [0.25] * K)
     np.testing.assert_array_equal(
         default_tuning(ULD(step_size=[0.25, 0.5, 1.0]), grid, (3, 3)).step_size, [0.25, 0.5, 1.0]
     )
-    np.testing.assert_allclose(default_tuning(MALA(), grid, (3, 3)).curvature, 1 / grid.sigma_s**2)
+    np.testing.assert_allclose(default_tuning(MALA(), grid, (3, 3)).curvature, 1 / grid.segments.sigma_s**2)
 
 
 def test_multivariate_normal_reference(x64):

@@ -28,7 +28,7 @@ def inner_times(schedule):
 def test_gaussian_score_is_the_gradient_of_the_gaussian_part(x64):
     x_t = jnp.asarray([[0.3, -1.0, 2.0], [0.1, 0.7, -0.2]])
     target = make_target(lambda x, t: -x, OU(), 0.2, 0.9, x_t)
-    log_density = lambda z: -jnp.sum((target.x_t - target.a * z) ** 2) / (2 * target.v)
+    log_density = lambda z: -jnp.sum((target.x_t - target.segment.a * z) ** 2) / (2 * target.segment.v)
     z = jnp.asarray([[1.3, 0.4, -0.5], [2.0, -1.0, 0.3]])
     np.testing.assert_allclose(target.gaussian_score(z), jax.grad(log_density)(z), rtol=1e-13)
     np.testing.assert_allclose(
@@ -59,7 +59,7 @@ def test_gaussian_difference_does_not_cancel_in_float32():
     x = np.float32([30.0, -20.0])
     y = np.nextafter(x, np.float32(0))
     target = make_target(lambda x, t: -x, OU(), 1e-3, 2e-3, jnp.zeros(2))
-    a, v = float(target.a), float(target.v)
+    a, v = float(target.segment.a), float(target.segment.v)
     exact = -0.5 * a**2 / v * np.sum((y.astype(float) - x) * (y.astype(float) + x))
     np.testing.assert_allclose(target.gaussian_difference(jnp.asarray(x), jnp.asarray(y)), exact, rtol=1e-6)
 
@@ -72,7 +72,7 @@ def test_mean_is_the_conditional_mean_of_a_gaussian(schedule, x64):
     for s, t in inner_times(schedule):
         target = make_target(score_fn, schedule, s, t, x_t)
         prior = schedule.alpha(s) ** 2 * covariance + schedule.sigma(s) ** 2 * np.eye(2)
-        a, v, prior_mean = target.a, target.v, schedule.alpha(s) * mean
+        a, v, prior_mean = target.segment.a, target.segment.v, schedule.alpha(s) * mean
         expected = prior_mean + a * prior @ np.linalg.solve(
             a**2 * prior + v * np.eye(2), x_t - a * prior_mean
         )
@@ -85,7 +85,7 @@ def test_mean_is_the_conditional_mean_of_a_mixture(schedule, x64):
     score_fn = GaussianMixtureScore(WEIGHTS, MEANS, COVARIANCES, schedule)
     for s, t in inner_times(schedule):
         target = make_target(score_fn, schedule, s, t, jnp.asarray(x_t))
-        a, v = float(target.a), float(target.v)
+        a, v = float(target.segment.a), float(target.segment.v)
         terms, means = [], []
         for weight, mean, covariance in zip(WEIGHTS, MEANS, COVARIANCES, strict=True):
             prior = schedule.alpha(s) ** 2 * covariance + schedule.sigma(s) ** 2 * np.eye(2)
@@ -109,11 +109,11 @@ def test_the_target_is_the_reverse_transition(x64):
     score_fn = GaussianMixtureScore([0.3, 0.7], [[-1.0], [0.8]], [[[0.1]], [[0.2]]], schedule)
     target = make_target(score_fn, schedule, 0.3, 0.6, jnp.asarray([0.2]))
     z = jnp.linspace(-6, 6, 4001)[:, None]
-    log_gaussian = -0.5 * (target.x_t[0] - target.a * z[:, 0]) ** 2 / target.v - 0.5 * jnp.log(
-        2 * jnp.pi * target.v
-    )
-    log_prior = jax.vmap(lambda z: score_fn.log_density(z, target.s))(z)
-    density = jnp.exp(log_prior + log_gaussian - score_fn.log_density(target.x_t, target.t)) * (
+    log_gaussian = -0.5 * (
+        target.x_t[0] - target.segment.a * z[:, 0]
+    ) ** 2 / target.segment.v - 0.5 * jnp.log(2 * jnp.pi * target.segment.v)
+    log_prior = jax.vmap(lambda z: score_fn.log_density(z, target.segment.s))(z)
+    density = jnp.exp(log_prior + log_gaussian - score_fn.log_density(target.x_t, target.segment.t)) * (
         z[1, 0] - z[0, 0]
     )
     np.testing.assert_allclose(jnp.sum(density), 1.0, rtol=1e-12)

@@ -10,19 +10,21 @@ import pytest
 
 import numpyro_rtk as rtk
 from numpyro_rtk._noising._grid import (
-    candidate_levels,
+    candidate_grid,
     chosen_grid,
     mean_prediction,
-    noise_levels,
+    noise_grid,
     NUM_CANDIDATES,
-    segment_grid,
 )
-from numpyro_rtk._noising._times import segment_times
+from numpyro_rtk._noising._terminal import Terminal
+from numpyro_rtk._noising._times import noise_range, segment_times
 from numpyro_rtk._reverse._pilot import (
     MIN_RELATIVE_CURVATURE,
     PILOT_PRIOR_DRAWS,
+    PILOT_SEGMENTS,
     prior_draws,
     run_pilot,
+    TERMINAL_ROUNDS,
 )
 from numpyro_rtk._smc._placement import (
     EVEN_SHARE,
@@ -49,7 +51,8 @@ def gaussian(schedule):
 def test_levels_are_the_noising_from_t_min(name):
     schedule = SCHEDULES[name]
     times = segment_times(schedule, NUM_SEGMENTS)
-    levels = noise_levels(schedule, times, jnp.float32)
+    grid = noise_grid(schedule, times, jnp.float32)
+    levels = grid.levels
     with jax.enable_x64(True):
         alpha = np.asarray(schedule.alpha(jnp.asarray(times)))
         sigma = np.asarray(schedule.sigma(jnp.asarray(times)))
@@ -60,16 +63,51 @@ def test_levels_are_the_noising_from_t_min(name):
     )
     assert levels.a[-1] == 1
     assert levels.v[-1] == 0
+    assert (grid.num_levels, grid.num_segments) == (NUM_SEGMENTS + 1, NUM_SEGMENTS)
+    for i in (0, 3, NUM_SEGMENTS):
+        jax.tree.map(lambda one, all, i=i: np.testing.assert_array_equal(one, all[i]), grid.level(i), levels)
+
+
+@pytest.mark.parametrize("name", ["OU", "VE", "FlowMatching", "DiscreteVP"])
+def test_segments_are_the_noising_between_neighbouring_levels(name):
+    schedule = SCHEDULES[name]
+    times = segment_times(schedule, NUM_SEGMENTS)
+    grid = noise_grid(schedule, times, jnp.float32)
+    segments, levels = grid.segments, grid.levels
+    for got, expected in [
+        (segments.t, levels.t[:-1]),
+        (segments.s, levels.t[1:]),
+        (segments.alpha_t, levels.alpha[:-1]),
+        (segments.sigma_s, levels.sigma[1:]),
+    ]:
+        np.testing.assert_array_equal(got, expected)
+    with jax.enable_x64(True):
+        # At the times that the network sees.
+        t = jnp.asarray(np.asarray(grid.t), jnp.float64)
+        alpha, sigma = np.asarray(schedule.alpha(t)), np.asarray(schedule.sigma(t))
+        a = alpha[:-1] / alpha[1:]
+        v = sigma[:-1] ** 2 - a**2 * sigma[1:] ** 2
+    np.testing.assert_allclose(segments.a, a, rtol=1e-6)
+    np.testing.assert_allclose(segments.v, v, rtol=1e-5)
+    for k in (0, NUM_SEGMENTS - 1):
+        jax.tree.map(
+            lambda one, all, k=k: np.testing.assert_array_equal(one, all[k]), grid.segment(k), segments
+        )
+
+
+def test_times_that_coincide_in_the_precision_are_refused():
+    with pytest.raises(ValueError, match="`segments` has times that coincide in float32"):
+        noise_grid(rtk.OU(), np.array([1.0, 0.5, 0.5 - 1e-9]), jnp.float32)
 
 
 @pytest.mark.parametrize("name", ["OU", "VE"])
 def test_the_mean_prediction_of_a_gaussian_is_exact(name):
     schedule = SCHEDULES[name]
     score, mean, variance = gaussian(schedule)
-    levels = noise_levels(schedule, segment_times(schedule, NUM_SEGMENTS), jnp.float32)
+    grid = noise_grid(schedule, segment_times(schedule, NUM_SEGMENTS), jnp.float32)
     score = jax.jit(score.__call__)
     for i in range(0, NUM_SEGMENTS + 1, 2):
-        level = jax.tree.map(lambda leaf, i=i: leaf[i], levels)
+        level = grid.level(i)
         a, v = np.float64(level.a), np.float64(level.v)
         x = np.asarray(a * mean + np.sqrt(a**2 * variance + v) * jr.normal(jr.key(i), (3,)))
         predicted = mean_prediction(
@@ -80,21 +118,21 @@ def test_the_mean_prediction_of_a_gaussian_is_exact(name):
 
 
 def test_at_t_min_the_mean_prediction_is_the_point_itself():
-    levels = noise_levels(rtk.OU(), segment_times(rtk.OU(), 4), jnp.float32)
+    grid = noise_grid(rtk.OU(), segment_times(rtk.OU(), 4), jnp.float32)
     x = jnp.array([0.3, 1e8])
-    last = jax.tree.map(lambda leaf: leaf[-1], levels)
-    np.testing.assert_array_equal(mean_prediction(last, x, jnp.array([1e9, 1e9])), x)
+    np.testing.assert_array_equal(mean_prediction(grid.level(-1), x, jnp.array([1e9, 1e9])), x)
 
 
 @functools.cache
 def pilot(name, num_draws=4000):
     schedule = SCHEDULES[name]
     score, mean, variance = gaussian(schedule)
-    levels = noise_levels(schedule, segment_times(schedule, NUM_SEGMENTS), jnp.float32)
+    grid = noise_grid(schedule, segment_times(schedule, NUM_SEGMENTS), jnp.float32)
     draws = jnp.asarray(
         mean + np.sqrt(variance) * np.random.default_rng(0).standard_normal((num_draws, 3)), jnp.float32
     )
-    return levels, variance, draws, jax.jit(lambda draws: run_pilot(jr.key(0), score, levels, draws))(draws)
+    measure = jax.jit(lambda draws: run_pilot(jr.key(0), score, grid, draws))
+    return grid.levels, variance, draws, measure(draws)
 
 
 @pytest.mark.parametrize("name", ["OU", "VE"])
@@ -120,16 +158,19 @@ def test_the_measured_error_and_curvature_are_those_of_the_closed_form(name):
 def test_the_pilot_costs_one_evaluation_per_draw_and_level():
     schedule = rtk.OU()
     score = Counter(gaussian(schedule)[0])
-    levels = noise_levels(schedule, segment_times(schedule, NUM_SEGMENTS), jnp.float32)
-    jax.block_until_ready(jax.jit(lambda draws: run_pilot(jr.key(0), score, levels, draws))(jnp.ones((5, 3))))
+    grid = noise_grid(schedule, segment_times(schedule, NUM_SEGMENTS), jnp.float32)
+    jax.block_until_ready(jax.jit(lambda draws: run_pilot(jr.key(0), score, grid, draws))(jnp.ones((5, 3))))
     assert score.count == 5 * (NUM_SEGMENTS + 1)
 
 
-def test_prior_draws_cost_forty_evaluations_each():
+def test_prior_draws_cost_forty_evaluations_each_and_those_of_the_terminal():
     score = Counter(gaussian(rtk.OU())[0])
-    draws = prior_draws(jr.key(0), score, rtk.OU(), (3,), jnp.float32, 2)
+    draws, terminal = prior_draws(jr.key(0), score, noise_range(rtk.OU()), (3,), jnp.float32, 2)
     assert draws.shape == (2, 3)
-    assert score.count == 2 * 40
+    assert isinstance(terminal, Terminal)
+    assert terminal.mean.shape == terminal.variance.shape == (3,)
+    assert (PILOT_SEGMENTS, TERMINAL_ROUNDS) == (40, 3)
+    assert score.count == 2 * (40 + 3)
 
 
 # Where levels are placed.
@@ -138,18 +179,19 @@ def test_prior_draws_cost_forty_evaluations_each():
 @pytest.mark.parametrize("name", ["OU", "VE", "FlowMatching", "DiscreteVP"])
 def test_a_chosen_grid_is_the_grid_of_its_times(name):
     schedule = SCHEDULES[name]
-    candidates = candidate_levels(schedule, NUM_SEGMENTS, jnp.float32)
+    candidates = candidate_grid(noise_range(schedule), NUM_SEGMENTS, jnp.float32)
     difficulty = jnp.exp(-((jnp.arange(candidates.t.size) - 90.0) ** 2) / 400)
-    grid, levels = chosen_grid(candidates, place_levels(difficulty, NUM_SEGMENTS))
-    times = np.asarray(levels.t)
+    indices = place_levels(difficulty, NUM_SEGMENTS)
+    grid = chosen_grid(schedule, candidates, indices)
+    # Where the choice is traced, the schedule is not evaluated again, and differences are rounded.
+    traced = jax.jit(lambda indices: chosen_grid(schedule, candidates, indices))(indices)
+    times = np.asarray(grid.t)
     assert times[0] == np.float32(schedule.t_max)
     assert times[-1] == np.float32(schedule.t_min)
-    for chosen, exact in [
-        (grid, segment_grid(schedule, times, jnp.float32)),
-        (levels, noise_levels(schedule, times, jnp.float32)),
-    ]:
-        for field, one, other in zip(chosen._fields, chosen, exact, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7, err_msg=field)
+    exact = noise_grid(schedule, times, jnp.float32)
+    for field, one, rounded, other in zip(grid._fields, grid, traced, exact, strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=field)
+        np.testing.assert_allclose(rounded, other, rtol=1e-4, atol=1e-7, err_msg=field)
 
 
 def test_levels_are_dense_as_the_root_of_the_difficulty():
@@ -174,7 +216,7 @@ def test_levels_are_distinct_and_reach_both_ends(difficulty, num_segments):
 
 
 def difficulty_of(score, schedule, dim, num_draws=MAX_PROBES):
-    candidates = candidate_levels(schedule, NUM_SEGMENTS, jnp.float32)
+    candidates = candidate_grid(noise_range(schedule), NUM_SEGMENTS, jnp.float32)
     draws = score.sample(jr.key(0), num_draws, schedule.t_min)
     assert draws.shape == (num_draws, dim)
     difficulty = jax.jit(lambda draws: transition_difficulty(jr.key(1), score, candidates, draws))(draws)
@@ -212,7 +254,7 @@ def test_levels_placed_where_modes_part_give_them_their_weights():
     for indices in (place_levels(jnp.asarray(difficulty), 10), even):
         times = np.asarray(candidates.t[indices])
         prior = rtk.DiffusionPrior(
-            score, (1,), segments=times, inner=rtk.PreconditionedMALA(energy_difference=rtk.ExactEnergy())
+            score, (1,), segments=times, reverse=rtk.PreconditionedMALA(energy_difference=rtk.ExactEnergy())
         )
         errors.append(abs(float(np.mean(np.asarray(prior.sample(jr.key(2), (20_000,))) < 0)) - 0.2))
     # Five standard errors of the draws, and a control: evenly placed levels miss by far.
@@ -222,7 +264,7 @@ def test_levels_placed_where_modes_part_give_them_their_weights():
 
 def test_difficulty_costs_two_evaluations_per_draw_and_probed_level():
     score = Counter(gaussian(rtk.OU())[0])
-    candidates = candidate_levels(rtk.OU(), NUM_SEGMENTS, jnp.float32)
+    candidates = candidate_grid(noise_range(rtk.OU()), NUM_SEGMENTS, jnp.float32)
     assert candidates.t.size == NUM_CANDIDATES + 1
     probe = jax.jit(lambda draws: transition_difficulty(jr.key(0), score, candidates, draws))
     jax.block_until_ready(probe(jnp.ones((5, 3))))
@@ -233,7 +275,7 @@ def test_difficulty_costs_two_evaluations_per_draw_and_probed_level():
 
 def test_a_failing_network_does_not_spoil_the_difficulty():
     schedule = rtk.OU()
-    candidates = candidate_levels(schedule, NUM_SEGMENTS, jnp.float32)
+    candidates = candidate_grid(noise_range(schedule), NUM_SEGMENTS, jnp.float32)
     difficulty = transition_difficulty(
         jr.key(0), lambda x, t: jnp.where(t < 0.5, jnp.nan, -(x**3)), candidates, jnp.ones((4, 2))
     )

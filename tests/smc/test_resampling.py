@@ -14,9 +14,10 @@ from scipy import stats
 from numpyro_rtk._smc._resampling import (
     _ancestors,
     conditional_systematic,
-    effective_sample_size,
     forced_move,
     normalized_weights,
+    particle_ess,
+    pinned_weights,
     systematic,
 )
 
@@ -174,11 +175,29 @@ def test_forced_move_leaves_an_impossible_particle():
         ([np.log(3.0), 0.0], 16 / 10),
     ],
 )
-def test_effective_sample_size(log_weights, expected):
+def test_particle_ess(log_weights, expected):
     log_weights = jnp.asarray(log_weights)
-    np.testing.assert_allclose(effective_sample_size(log_weights), expected, rtol=1e-6)
+    np.testing.assert_allclose(particle_ess(log_weights), expected, rtol=1e-6)
     weights = normalized_weights(log_weights)
     np.testing.assert_allclose(jnp.sum(weights), 1.0, rtol=1e-6)
     assert np.all(np.isfinite(np.asarray(weights)))
     if not np.any(np.isfinite(np.asarray(log_weights))):
         np.testing.assert_allclose(weights, 0.25)
+
+
+@pytest.mark.parametrize("log_weights", [[0.0, 1.0, -3.0], [-np.inf, -5000.0, -np.inf], [-np.inf, 2.0, 2.0]])
+def test_weights_with_a_pinned_particle_are_the_weights(log_weights):
+    weights, lost = pinned_weights(jnp.asarray(log_weights))
+    np.testing.assert_array_equal(weights, normalized_weights(jnp.asarray(log_weights)))
+    assert not lost
+
+
+def test_where_no_weight_is_positive_the_pinned_particle_stays():
+    weights, lost = pinned_weights(jnp.full(4, -jnp.inf))
+    np.testing.assert_array_equal(weights, [1.0, 0.0, 0.0, 0.0])
+    assert lost
+    # Whatever is done with them then: it is left, and all come from it.
+    for function in (forced_move, conditional_systematic):
+        assert np.all(draw(function, weights) == 0)
+    # The control: uniform weights would leave it.
+    assert np.any(draw(forced_move, normalized_weights(jnp.full(4, -jnp.inf))) != 0)

@@ -16,7 +16,7 @@ from scipy import stats
 import numpyro_rtk as rtk
 from numpyro_rtk._moves._preconditioner import Preconditioner
 from numpyro_rtk._numpyro._likelihood import Likelihood
-from numpyro_rtk._smc._posterior import path_integral, Point
+from numpyro_rtk._smc._moves import preconditioner
 from numpyro_rtk._smc._twist import (
     evaluate_twist,
     LevelError,
@@ -24,7 +24,7 @@ from numpyro_rtk._smc._twist import (
     MAX_EXACT_OBSERVATIONS,
     Terms,
 )
-from tests.particles import ExactReverse, linear_terms, make_law, make_posterior, Mixture
+from tests.particles import ExactReverse, FLOOR, linear_terms, make_law, make_posterior, Mixture, with_own
 
 
 DIM = 3
@@ -88,7 +88,7 @@ def test_the_twist_of_a_gaussian_prior_is_the_expected_likelihood():
     prior = data.at(float(schedule.alpha(schedule.t_min)), float(schedule.sigma(schedule.t_min)))
     evaluate = jax.jit(posterior.evaluate)
     for level in (1, 3, 5):
-        a, v = float(law.levels.a[level]), float(law.levels.v[level])
+        a, v = float(law.grid.total_a[level]), float(law.grid.total_v[level])
         x = np.array([0.5, 0.1])
         total = a**2 * prior.covariances[0] + v * np.eye(2)
         gain = a * prior.covariances[0] @ np.linalg.inv(total)
@@ -306,9 +306,9 @@ def test_the_preconditioner_is_the_inverse_curvature_of_prior_and_twist(terms):
     schedule = rtk.OU()
     data = Mixture(np.ones(1), np.zeros((1, DIM)), COVARIANCE[None])
     law = make_law(data.score(schedule), schedule, (DIM,), segments=4)
-    posterior = make_posterior(law, terms, ExactReverse(data, schedule))
+    posterior = make_posterior(law, terms, ExactReverse(data, schedule), center=X)
     for level in (1, 4):
-        factor = posterior.preconditioner(level, jnp.asarray(X, jnp.float32))
+        factor = preconditioner(posterior, level)
         dense = np.asarray(jax.vmap(factor.apply, out_axes=1)(jnp.eye(DIM)), np.float64)
         adjoint = np.asarray(jax.vmap(factor.transpose, out_axes=1)(jnp.eye(DIM)), np.float64)
         np.testing.assert_allclose(adjoint, dense.T, rtol=1e-5, atol=1e-6)
@@ -325,57 +325,11 @@ def test_the_preconditioner_at_the_data_is_the_posterior_covariance_of_a_diagona
     data = Mixture(np.ones(1), np.zeros((1, DIM)), np.diag(variance)[None])
     law = make_law(data.score(schedule), schedule, (DIM,), segments=4, num_draws=20_000)
     posterior = make_posterior(law, linear_terms(OPERATOR, SD, Y), ExactReverse(data, schedule))
-    factor = posterior.preconditioner(4, jnp.zeros(DIM))
+    factor = preconditioner(posterior, 4)
     dense = np.asarray(jax.vmap(factor.apply, out_axes=1)(jnp.eye(DIM)), np.float64)
     prior = data.at(float(schedule.alpha(schedule.t_min)), float(schedule.sigma(schedule.t_min)))
     exact = np.linalg.inv(np.linalg.inv(prior.covariances[0]) + OPERATOR.T @ np.diag(1 / SD**2) @ OPERATOR)
     np.testing.assert_allclose(dense @ dense.T, exact, rtol=0.05, atol=0.01)
-
-
-def _point(x, score):
-    return Point(x, score, 0.0, 0.0, 0.0, 0.0)
-
-
-def test_the_path_integral_is_antisymmetric_to_the_last_bit():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        points = [_point(*jnp.asarray(rng.standard_normal((2, 7)), jnp.float32)) for _ in range(3)]
-        assert float(path_integral(*points)) == -float(path_integral(*points[::-1]))
-
-
-def test_the_path_integral_is_exact_for_quadratic_paths_and_scores(x64):
-    # Path and score quadratic in the parameter u from -1 to 1: the integrand is of degree 3.
-    b, c, m, gm, gb, gc = np.random.default_rng(0).standard_normal((6, 4))
-    start, middle, end = (
-        _point(jnp.asarray(m + u * b + u**2 * c), jnp.asarray(gm + u * gb + u**2 * gc)) for u in (-1, 0, 1)
-    )
-    nodes, weights = np.polynomial.legendre.leggauss(6)
-    exact = sum(w * (gm + u * gb + u**2 * gc) @ (b + 2 * u * c) for u, w in zip(nodes, weights, strict=True))
-    np.testing.assert_allclose(path_integral(start, middle, end), exact, rtol=1e-12)
-
-
-def test_the_path_integral_of_a_cubic_log_density_on_a_straight_line_is_exact(x64):
-    # A straight path with equal steps, a quadratic score: Simpson's rule, exact up to quartic log densities
-    # (cubic scores).
-    log_density = lambda x: 0.3 * x[0] ** 4 - x[0] ** 2 * x[1] + 0.5 * x[1] ** 3 - x[0] * x[1] ** 3
-    line = [jnp.array([0.2, -0.4]) + u * jnp.array([0.7, 0.5]) for u in (-1.0, 0.0, 1.0)]
-    points = [_point(x, jax.grad(log_density)(x)) for x in line]
-    np.testing.assert_allclose(
-        path_integral(*points), log_density(line[2]) - log_density(line[0]), rtol=1e-12
-    )
-
-
-def test_the_path_integral_has_the_stated_order_along_a_curve(x64):
-    # Halving the step of a curved path: error per pair of steps of fifth order.
-    log_density = lambda x: jnp.sin(x[0]) * jnp.exp(-0.3 * x[1] ** 2)
-    path = lambda u: jnp.array([u, 0.3 * jnp.cos(2 * u)])
-    errors = []
-    for h in (0.2, 0.1, 0.05):
-        points = [_point(x, jax.grad(log_density)(x)) for x in (path(0.4 - h), path(0.4), path(0.4 + h))]
-        difference = log_density(points[2].x) - log_density(points[0].x)
-        errors.append(abs(float(path_integral(*points) - difference)))
-    slopes = np.diff(np.log(errors)) / np.log(0.5)
-    assert np.all(slopes > 4.6), slopes
 
 
 def test_a_preconditioner_without_rank_is_its_scale():
@@ -395,3 +349,67 @@ def test_events_and_flat_vectors_are_inverse():
     assert events.shape == (3, 2)
     np.testing.assert_array_equal(posterior.flat([events]), x)
     np.testing.assert_array_equal(ravel_pytree(events)[0], x)
+
+
+def _half_line(x):
+    """An observation that only the half plane `x_0 > 0` explains."""
+    return Terms(jnp.zeros(0), jnp.zeros(()), jnp.where(x[0] > 0, -0.5 * x[1] ** 2, -jnp.inf))
+
+
+def test_an_impossible_denoised_point_has_the_floor_above_the_data_and_nothing_at_the_data():
+    schedule, log_beta = rtk.OU(), np.array([-2.0, -1.0, 0.0])
+    data = Mixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None])
+    law = make_law(data.score(schedule), schedule, (2,), segments=2)
+    posterior = make_posterior(law, _half_line, ExactReverse(data, schedule), log_beta)
+    evaluate = jax.jit(posterior.evaluate)
+    for sign in (1.0, -1.0):
+        x = jnp.array([0.8 * sign, 0.6])
+        for level in (0, 1):
+            point = evaluate(level, x)
+            # The denoised point of N(0, I) data has the sign of the point.
+            denoised = (x + law.grid.total_v[level] * point.score) / law.grid.total_a[level]
+            other = -0.5 * denoised[1] ** 2 if sign > 0 else FLOOR
+            np.testing.assert_allclose(point.other, other, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(point.log_twist, np.exp(log_beta[level]) * other, rtol=1e-5, atol=1e-7)
+            assert np.all(np.isfinite(point.twist_score))
+        expected = -0.5 * 0.6**2 if sign > 0 else -np.inf
+        for last in (evaluate(2, x), posterior.at_data(x)):
+            np.testing.assert_allclose(last.log_twist, expected, rtol=1e-6)
+
+
+def test_at_the_data_the_twist_is_the_models_own_likelihood():
+    """Not the terms that twists above are made of, whatever they say."""
+    schedule = rtk.OU()
+    data = Mixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None])
+    law = make_law(data.score(schedule), schedule, (2,), segments=2)
+    given = linear_terms(np.eye(2), 0.5, np.zeros(2))
+    own = lambda x: jnp.sin(x[0]) - x[1] ** 4
+    plain, posterior = (
+        make_posterior(law, terms, ExactReverse(data, schedule)) for terms in (given, with_own(given, own))
+    )
+    x, last = jnp.array([0.8, 0.6]), jnp.asarray(2)
+    score, energy = posterior.scores(last, x)
+    point = posterior.at_data(x)
+    value, gradient = jax.value_and_grad(own)(x)
+    np.testing.assert_allclose(point.log_twist, value, rtol=1e-6)
+    np.testing.assert_allclose(point.twist_score, gradient, rtol=1e-6)
+    np.testing.assert_allclose(point.score, score, rtol=1e-6)
+    np.testing.assert_allclose(point.energy, energy, rtol=1e-6)
+    assert point.other == 0
+    np.testing.assert_allclose(posterior.with_twist(last, x, score, energy).log_twist, value, rtol=1e-6)
+    # Above the data it is the twist of the terms.
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5),
+        posterior.with_twist(jnp.asarray(1), x, score, energy),
+        plain.with_twist(jnp.asarray(1), x, score, energy),
+    )
+
+
+@pytest.mark.parametrize(("level", "log_twist"), [(1, FLOOR), (2, -np.inf)])
+def test_a_likelihood_that_is_not_a_number_is_impossible(level, log_twist):
+    schedule = rtk.OU()
+    data = Mixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None])
+    law = make_law(data.score(schedule), schedule, (2,), segments=2)
+    terms = lambda x: Terms(jnp.zeros(0), jnp.zeros(()), jnp.log(-1.0 - x[0] ** 2))
+    posterior = make_posterior(law, terms, ExactReverse(data, schedule))
+    assert posterior.evaluate(jnp.asarray(level), jnp.array([0.8, 0.6])).log_twist == log_twist

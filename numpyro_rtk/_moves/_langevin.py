@@ -1,0 +1,26 @@
+"""Langevin proposals `y = x + h f(x) + sqrt(2 h) xi`, in coordinates in which their noise is white."""
+
+import jax.numpy as jnp
+import jax.random as jr
+
+from numpyro_rtk._custom_types import Event, RandomKey, Scalar
+from numpyro_rtk._moves._line_integral import dot
+
+
+def langevin_move(key: RandomKey, force: Event, step_size: Scalar) -> Event:
+    """The step `y - x`, for the gradient `force` of the log target at `x`."""
+    noise = jr.normal(key, force.shape, force.dtype)
+    return step_size * force + jnp.sqrt(2 * step_size) * noise
+
+
+def log_langevin_ratio(move: Event, force: Event, new_force: Event, step_size: Scalar) -> Scalar:
+    """`log q(x | y) - log q(y | x)`, the squares `|y - x|^2` cancelled by hand; antisymmetric.
+
+    Args:
+        move: `y - x`.
+        force: Gradient of the log target at `x`.
+        new_force: The same at `y`.
+        step_size: `h`.
+    """
+    total = force + new_force
+    return 0.25 * step_size * dot(force - new_force, total) - 0.5 * dot(move, total)

@@ -1,0 +1,144 @@
+"""The arguments of `RTKParticleGibbs`, checked, and what `None` means among them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from numpyro_rtk._moves._line_integral import ExactEnergy, Simpson
+from numpyro_rtk._numpyro._arguments import check_count, check_target_accept_prob
+from numpyro_rtk._numpyro._sites import DiffusionSite
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_reverse_kernel
+from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
+from numpyro_rtk._score._model import has_energy
+from numpyro_rtk._smc._local import AbstractLocalMove
+from numpyro_rtk._smc._twist import AbstractTwist
+
+
+DEFAULT_LEVEL_SEGMENTS = 24
+"""Segments between noise levels where the user names none."""
+
+MAX_INNER_STEP_SIZE = 4.0
+"""`max_step_size` of the default reverse kernel where energy differences are good: nearly an independent
+draw."""
+
+MAX_MEAN_SLOPE_DIM = 100
+"""Most dimensions of all sites in which guided moves take the denoiser's Jacobian as diagonal, and reverse
+kernels evaluate midpoints, unless told otherwise."""
+
+
+class Options(NamedTuple):
+    """As `RTKParticleGibbs` documents them."""
+
+    num_particles: int
+    segments: Any
+    reverse: AbstractInnerKernel | None
+    twist: AbstractTwist | None
+    num_guided_steps: int
+    num_start_steps: int
+    num_restarts: int
+    sweep_prob: float
+    refresh_depths: tuple[float, ...]
+    guidance: Literal["jacobian", "mean"] | None
+    local: AbstractLocalMove | None
+    target_accept_prob: float
+    num_pilot_draws: int
+
+    @property
+    def start_steps(self) -> int:
+        """Guided steps of unconditional sweeps."""
+        return max(self.num_start_steps, self.num_guided_steps)
+
+    def depths(self, num_levels: int) -> tuple[int, ...]:
+        """The depths that warmup chooses among, in levels."""
+        return tuple(sorted({max(1, round(fraction * num_levels)) for fraction in self.refresh_depths}))
+
+    def kernel_for(self, sites: tuple[DiffusionSite, ...]) -> AbstractInnerKernel:
+        """The reverse kernel that was given, or the default for these sites."""
+        if self.reverse is not None:
+            return self.reverse
+        if all(has_energy(site.prior.score_fn) for site in sites):
+            return PreconditionedMALA(energy_difference=ExactEnergy(), max_step_size=MAX_INNER_STEP_SIZE)
+        if _dim(sites) > MAX_MEAN_SLOPE_DIM:
+            return PreconditionedMALA()
+        # The cost of two steps with the trapezoid rule, and hardly any error in a prior of several modes.
+        return PreconditionedMALA(num_steps=1, energy_difference=Simpson(), max_step_size=MAX_INNER_STEP_SIZE)
+
+    def jacobian_for(self, sites: tuple[DiffusionSite, ...]) -> bool:
+        """Whether guided moves go through the denoiser's Jacobian."""
+        return _dim(sites) > MAX_MEAN_SLOPE_DIM if self.guidance is None else self.guidance == "jacobian"
+
+    def restarts_at(self, iteration: Any, num_warmup: Any) -> Any:
+        """Whether an iteration of the warmup draws the sites anew: 0, 1, 3, 7, ..., in its first half.
+
+        Never one after it, as a restart leaves no law invariant.
+        """
+        is_due = (iteration & (iteration + 1)) == 0
+        return is_due & (iteration < 2 ** min(self.num_restarts - 1, 30)) & (2 * iteration < num_warmup)
+
+
+def _dim(sites: tuple[DiffusionSite, ...]) -> int:
+    return sum(math.prod(site.shape) for site in sites)
+
+
+def check_options(options: Options) -> Options:
+    """The same, each in its type; raises for what cannot work, naming the argument."""
+    counts = (
+        ("num_particles", 2, "one of them is pinned to the current draw"),
+        ("num_guided_steps", 0, "0 is none"),
+        ("num_start_steps", 0, "0 is none"),
+        ("num_restarts", 0, "0 is none"),
+        ("num_pilot_draws", 8, "they measure the denoising error of each level"),
+    )
+    for name, minimum, why in counts:
+        check_count(name, getattr(options, name), minimum, why)
+    sweep_prob = options.sweep_prob
+    if not (isinstance(sweep_prob, int | float | np.floating) and 0 <= sweep_prob <= 1):
+        raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")
+    if sweep_prob == 0 and options.local is None:
+        raise ValueError("`sweep_prob=0` with `local=None` would never move: give one of them.")
+    check_target_accept_prob(options.target_accept_prob)
+    if options.reverse is not None:
+        check_reverse_kernel("reverse", options.reverse)
+        if options.reverse.uses_history:
+            raise ValueError(
+                f"`reverse={options.reverse!r}` extrapolates from the segment before, and a particle's "
+                f"segment "
+                "has none that is its own: it would be of first order. Use `GaussianTransition()`, or a "
+                "kernel "
+                "with an accept step such as `PreconditionedMALA()`."
+            )
+    _check_member("twist", options.twist, AbstractTwist, "`GaussianTwist()`, `TemperedTwist()` or `None`")
+    _check_member("local", options.local, AbstractLocalMove, "`LocalHMC(...)`, `LocalMALA(...)` or `None`")
+    if options.guidance not in (None, "jacobian", "mean"):
+        raise ValueError(f'`guidance` must be "jacobian", "mean" or `None`, got {options.guidance!r}.')
+    return options._replace(
+        num_particles=int(options.num_particles),
+        num_guided_steps=int(options.num_guided_steps),
+        num_start_steps=int(options.num_start_steps),
+        num_restarts=int(options.num_restarts),
+        sweep_prob=float(sweep_prob),
+        refresh_depths=_check_depths(options.refresh_depths),
+        target_accept_prob=float(options.target_accept_prob),
+        num_pilot_draws=int(options.num_pilot_draws),
+    )
+
+
+def _check_member(name: str, value: Any, kind: type, expected: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        hint = f" Did you mean `{value.__name__}()`?" if isinstance(value, type) else ""
+        raise TypeError(f"`{name}` must be {expected}, got {value!r}.{hint}")
+
+
+def _check_depths(refresh_depths: Sequence[float]) -> tuple[float, ...]:
+    try:
+        depths = np.asarray(refresh_depths, np.float64)
+    except (TypeError, ValueError):
+        depths = np.asarray(np.nan)
+    if depths.ndim != 1 or not depths.size or not np.all((depths > 0) & (depths <= 1)):
+        raise ValueError(
+            "`refresh_depths` must be fractions of the levels, each above 0 and at most 1, such as "
+            f"`(1.0, 0.5)`, got {refresh_depths!r}."
+        )
+    return tuple(float(depth) for depth in depths)

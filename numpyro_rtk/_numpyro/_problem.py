@@ -1,0 +1,242 @@
+"""A model with its arguments, resolved: what particle Gibbs works on."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro.infer.gibbs import conditioned
+
+from numpyro_rtk._noising._grid import candidate_grid, chosen_grid, noise_grid, NoiseGrid
+from numpyro_rtk._noising._terminal import Terminal
+from numpyro_rtk._noising._times import resolve_levels
+from numpyro_rtk._numpyro._likelihood import Likelihood
+from numpyro_rtk._numpyro._particle_gibbs_options import DEFAULT_LEVEL_SEGMENTS, Options
+from numpyro_rtk._numpyro._sites import DiffusionSite
+from numpyro_rtk._reverse._base import AbstractInnerKernel
+from numpyro_rtk._reverse._pilot import Pilot, prior_draws, run_pilot
+from numpyro_rtk._score._checks import first_call
+from numpyro_rtk._score._hoist import hoist, HoistedArrays
+from numpyro_rtk._score._model import ScoreModel
+from numpyro_rtk._smc._placement import place_levels, transition_difficulty
+from numpyro_rtk._smc._point import SiteLaw
+from numpyro_rtk._smc._posterior import Likelihoods, Posterior
+from numpyro_rtk._smc._twist import Terms
+
+
+class Measured(NamedTuple):
+    """What prior draws with a fixed key taught about one site: a property of its prior."""
+
+    grid: NoiseGrid
+    """Noise levels."""
+    terminal: Terminal
+    """The law at the noisiest of them."""
+    pilot: Pilot
+    """Denoising errors and curvatures."""
+
+
+class Shared(NamedTuple):
+    """What all chains share; without a chain axis where chains are vectorized."""
+
+    score_arrays: HoistedArrays
+    """The networks' arrays, kept here so that they are arguments of the compiled program."""
+    measured: tuple[Measured, ...]
+    """What prior draws taught about each site."""
+    center: Float[Array, " dim"]
+    """Mean of the prior draws, where twists are linearised."""
+    iteration: Array
+    """Iterations so far, warmup included."""
+    num_warmup: Array
+    """Length of the warmup."""
+
+
+class Problem(NamedTuple):
+    """A model with its arguments, resolved."""
+
+    sites: tuple[DiffusionSite, ...]
+    """Latent diffusion sites, in the order of the flat vector."""
+    times: tuple[np.ndarray, ...]
+    """Time grid of each site, before levels are placed."""
+    scores: HoistedArrays
+    """Arrays of all scores, marked with all that a state depends on."""
+    rebuild: Callable[[Any], list[ScoreModel]]
+    """Score models of such arrays."""
+    likelihood: Likelihood
+    """Everything else in the model."""
+    kernel: AbstractInnerKernel
+    """Reverse kernel."""
+    jacobian: bool
+    """Whether guided moves go through the denoiser."""
+    dtype: Any
+    """Of the draws."""
+
+    @property
+    def num_levels(self) -> int:
+        """Noise levels of every site."""
+        return self.times[0].size
+
+    @property
+    def num_events(self) -> int:
+        """Events of all sites."""
+        return sum(math.prod(site.batch_shape) for site in self.sites)
+
+    def flatten(self, z: dict[str, Array]) -> Array:
+        """Values of the sites as a flat vector."""
+        return jnp.concatenate([jnp.ravel(z[site.name]) for site in self.sites])
+
+    def unflatten(self, x: Array) -> dict[str, Array]:
+        """A flat vector as values of the sites."""
+        values, start = {}, 0
+        for site in self.sites:
+            size = math.prod(site.shape)
+            values[site.name] = x[start : start + size].reshape(site.shape)
+            start += size
+        return values
+
+    def terms(self, x: Array) -> Terms:
+        """The likelihood of a flat vector, split for the twist."""
+        return self.likelihood.terms(self.unflatten(x))
+
+    def log_likelihood(self, x: Array) -> Array:
+        """The model's own log likelihood of a flat vector."""
+        return self.terms(x).log_likelihood
+
+    def posterior(self, shared: Shared, log_beta: Array, floor: Array) -> Posterior:
+        """The level targets, for powers of the twists and what stands for an impossible likelihood."""
+        arrays = shared.score_arrays.current(
+            self.scores, "another reverse kernel, other segments, refresh depths or number of particles"
+        )
+        laws = tuple(
+            SiteLaw(
+                model,
+                seen.grid,
+                seen.terminal,
+                seen.pilot,
+                site.prior.event_shape,
+                math.prod(site.batch_shape),
+            )
+            for site, model, seen in zip(
+                self.sites, self.rebuild(arrays.arrays), shared.measured, strict=True
+            )
+        )
+        likelihoods = Likelihoods(self.terms, floor, shared.center)
+        return Posterior(laws, likelihoods, self.kernel, log_beta, jacobian=self.jacobian)
+
+
+def resolve_problem(
+    options: Options,
+    model: Callable[..., Any],
+    sites: tuple[DiffusionSite, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: Any,
+) -> Problem:
+    """Resolve a model whose sites are known.
+
+    Raises:
+        ValueError: if `segments` does not fit the priors.
+    """
+    times = tuple(
+        resolve_levels(site.prior.noise, options.segments, DEFAULT_LEVEL_SEGMENTS) for site in sites
+    )
+    sizes = {site.name: grid.size for site, grid in zip(sites, times, strict=True)}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"`segments` gives the diffusion sites different numbers of levels: {sizes}. Give a number that "
+            "all schedules allow."
+        )
+    found = []
+    for site in sites:
+        x, t = jax.ShapeDtypeStruct(site.prior.event_shape, dtype), jax.ShapeDtypeStruct((), dtype)
+        found.append(hoist(site.prior.score_fn, x, t))
+    settings = [
+        f"{site.name} {one[0].fingerprint} {grid.tolist()}"
+        for site, one, grid in zip(sites, found, times, strict=True)
+    ]
+    depths = (options.num_particles, options.refresh_depths)
+    fingerprint = f"{settings} {type(options.reverse).__name__} {depths}"
+    return Problem(
+        sites=sites,
+        times=times,
+        scores=HoistedArrays([one[0].arrays for one in found], fingerprint),
+        rebuild=lambda arrays: [one[1](part) for one, part in zip(found, arrays, strict=True)],
+        likelihood=Likelihood(
+            conditioned(model), args, kwargs, gaussian=options.twist is None or options.twist.gaussian
+        ),
+        kernel=options.kernel_for(sites),
+        jacobian=options.jacobian_for(sites),
+        dtype=dtype,
+    )
+
+
+def initial_grids(problem: Problem) -> list[NoiseGrid]:
+    """The grid of each site before levels are placed."""
+    return [
+        noise_grid(site.prior.schedule, times, problem.dtype)
+        for site, times in zip(problem.sites, problem.times, strict=True)
+    ]
+
+
+def first_calls(problem: Problem, arrays: Any) -> list[tuple[Array, Array]]:
+    """Scores at both ends of each grid: two evaluations a site."""
+    sites = zip(problem.sites, problem.rebuild(arrays), initial_grids(problem), strict=True)
+    return [first_call(model, grid, site.prior.event_shape) for site, model, grid in sites]
+
+
+def draw_and_probe(
+    problem: Problem, options: Options, arrays: Any
+) -> list[tuple[Array, Terminal, Array | None]]:
+    """Prior draws of each site, their terminal Gaussian, and where its reverse transitions are difficult.
+
+    `num_pilot_draws * 43` score evaluations a site, and 64 more of up to 64 draws.
+    """
+    found = []
+    for site, model, times in zip(problem.sites, problem.rebuild(arrays), problem.times, strict=True):
+        draw_key, _, probe_key = jr.split(jr.key(0), 3)
+        noise = site.prior.noise
+        draws, terminal = prior_draws(
+            draw_key, model, noise, site.prior.event_shape, problem.dtype, options.num_pilot_draws
+        )
+        draws = jnp.where(jnp.isfinite(draws), draws, 0.0)
+        difficulty = None
+        candidates = candidate_grid(noise, times.size - 1, problem.dtype)
+        # A grid that was given is kept; so is one of all there is between the levels of a coarse precision.
+        if np.ndim(options.segments) == 0 and candidates.num_levels >= times.size:
+            difficulty = transition_difficulty(probe_key, model, candidates, draws)
+        found.append((draws, terminal, difficulty))
+    return found
+
+
+def place(problem: Problem, found: list[tuple[Array, Terminal, Array | None]]) -> list[NoiseGrid]:
+    """The noise grid of each site; evaluated in float64 unless the score is traced."""
+    grids = []
+    for site, times, (_, _, difficulty) in zip(problem.sites, problem.times, found, strict=True):
+        noise = site.prior.noise
+        if difficulty is None:
+            grids.append(noise_grid(noise.schedule, times, problem.dtype))
+        else:
+            candidates = candidate_grid(noise, times.size - 1, problem.dtype)
+            indices = place_levels(difficulty, times.size - 1)
+            grids.append(chosen_grid(noise.schedule, candidates, indices))
+    return grids
+
+
+def run_pilots(problem: Problem, draws: list[Array], grids: list[NoiseGrid], arrays: Any) -> list[Pilot]:
+    """Denoising errors of each site at its levels: one evaluation a level and draw."""
+    key = jr.split(jr.key(0), 3)[1]
+    models = problem.rebuild(arrays)
+    return [run_pilot(key, model, grid, one) for model, grid, one in zip(models, grids, draws, strict=True)]
+
+
+def flatten_draws(problem: Problem, draws: list[Array]) -> Array:
+    """Prior draws of all sites as flat vectors; elements of a batch take different draws."""
+    columns = []
+    for site, one in zip(problem.sites, draws, strict=True):
+        columns += [
+            jnp.roll(one, i, axis=0).reshape(one.shape[0], -1) for i in range(math.prod(site.batch_shape))
+        ]
+    return jnp.concatenate(columns, axis=1)

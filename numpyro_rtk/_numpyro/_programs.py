@@ -1,0 +1,72 @@
+"""Compiled programs of `init`, kept for as long as a kernel lives: what was compiled once is not compiled
+again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+
+class Programs:
+    """A cache of compiled functions, keyed by what they depend on besides arrays.
+
+    It changes how long a call takes and nothing else, and is left behind when a kernel is pickled.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[Any, Callable[..., Any] | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_functions": {}}
+
+    def __call__(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, compiled; arrays among the arguments are arguments of the program.
+
+        A function that needs their values, as a model may that turns an argument into a NumPy array, is
+        compiled for these values instead, once for each set of them.
+
+        Args:
+            name: With the structure and other leaves of `args`, what the program is known by.
+            function: A pure function; it must do the same whenever `name` and its arguments are the same.
+            *args: Any PyTrees.
+        """
+        dynamic, static = eqx.partition(args, _is_array)
+        leaves, structure = jax.tree.flatten(static)
+        known = (name, structure, tuple(_hashable(leaf) for leaf in leaves))
+        if known not in self._functions:
+            self._functions[known] = jax.jit(lambda dynamic: function(*eqx.combine(dynamic, static)))
+        general = self._functions[known]
+        if general is not None:
+            try:
+                return general(dynamic)
+            except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+                self._functions[known] = None
+        return jax.jit(lambda: function(*args))()
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _hashable(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return _Identity(leaf)
+    return leaf
+
+
+class _Identity:
+    """Something that cannot be hashed, compared by identity and kept alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
