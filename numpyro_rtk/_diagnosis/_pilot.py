@@ -110,8 +110,8 @@ def check_pilot(
 def _wrong_sign(level: int, t: float, number: float, subject: Subject) -> Finding:
     message = (
         f"{subject.score} has the wrong sign: at level {level} (t={t:.3g}) E<x - E x, score> is "
-        f"{-number:+.3g} dim, where Stein's identity gives -dim. A network that predicts noise, data or a velocity needs its "
-        "adapter: `NoisePrediction(network, schedule)`, `DataPrediction`, `VelocityPrediction` or "
+        f"{-number:+.3g} dim, where Stein's identity gives -dim. A network that predicts noise, data or a "
+        "velocity needs its adapter: `NoisePrediction(network, schedule)`, `DataPrediction`, `VelocityPrediction` or "
         f"`FlowVelocity`; an energy needs `EnergyScore`. (Noised by {subject.noising}.)"
     )
     return Finding("sign", level, number, message)
