@@ -16,7 +16,7 @@ from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
 from numpyro_rtk._noising._variance_preserving import OU
-from numpyro_rtk._numpyro._arguments import check_site, check_target_accept_prob, read_init_params
+from numpyro_rtk._numpyro._arguments import check_site, check_target_accept_prob, read_event
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
@@ -230,7 +230,7 @@ class RTKKernel(MCMCKernel):
         """
         kwargs = {} if model_kwargs is None else model_kwargs
         batched = not is_prng_key(rng_key)
-        value = read_init_params(init_params, self._site, self._event_shape, batched)
+        value = read_event(init_params, self._site, self._event_shape, batched)
         if value is None:
             assert self._event_shape is not None
             shape, dtype = self._event_shape, jnp.result_type(float)
