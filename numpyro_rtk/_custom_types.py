@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 
 Event: TypeAlias = Float[Array, "*event"]
@@ -16,6 +16,5 @@ PerSegment: TypeAlias = Float[Array, " segments"]
 Flag: TypeAlias = Bool[Array, ""]
 Count: TypeAlias = Int[Array, ""]
 RandomKey: TypeAlias = Key[Array, ""] | UInt32[Array, "2"] | PRNGKeyArray
-Weights: TypeAlias = Shaped[Array, "..."]
 ScoreFn: TypeAlias = Callable[..., Event]
 """`score_fn(x, t) -> score`, one event `x`, scalar time `t`, the shape of `x`."""

@@ -23,6 +23,12 @@ PILOT_SEGMENTS = 40
 TERMINAL_ROUNDS = 3
 """Rounds of the fixed point that finds the terminal Gaussian."""
 
+MIN_TERMINAL_DRAWS = 32
+"""Draws a round, at least."""
+
+MIN_CONTRACTION = 0.1
+"""Bound on how far a step of that fixed point is lengthened."""
+
 PILOT_PRIOR_DRAWS = 5.0
 """Weight of the mean over coordinates in what is measured by coordinate, in draws."""
 
@@ -52,8 +58,11 @@ def measure_terminal(
     With `x ~ N(m, T)` and `f = sigma^2 score(x)`, `x + f` is `alpha` times the denoised point, whose mean is
     `alpha` times that of the data. The law of total variance gives theirs: `Var(x + f)` and the mean
     conditional variance `sigma^2 (1 + E df/dx)`, with `E df/dx = Cov(x, f) / T` by Stein's identity. The
-    right Gaussian is a fixed point of both; errors shrink by the slope of the denoiser a round, which is
-    small where the top is nearly noise. Draws come in pairs `m +- z`, so that a linear score has no scatter.
+    right Gaussian is a fixed point of both; a plain step would shrink errors by the slope `1 + E df/dx` of
+    the denoiser, and is lengthened by as much as that, which finds the law of data with independent Gaussian
+    coordinates at once. Draws come in pairs `m +- z`, and of `Var(x + f)` the part that is linear in `x` is
+    `(1 + E df/dx)^2 T`, so that their scores have no scatter. What is measured is used as it is: on the way
+    down, an error of a score at the top is forgotten as any error of the terminal is.
     `TERMINAL_ROUNDS * num_draws` evaluations.
 
     Args:
@@ -75,12 +84,16 @@ def measure_terminal(
         sd = jnp.sqrt(current.variance)
         x = current.mean[None] + sd[None] * noise
         change = floor * jax.vmap(lambda x: score_fn(x, level.t))(x)
-        denoised = x + change
-        mean = jnp.mean(denoised, axis=0)
-        spread = _shrunk(jnp.mean((denoised - mean[None]) ** 2, axis=0), num_draws)
-        slope = jnp.sum(noise * change, axis=0) / (sd * jnp.sum(noise**2, axis=0))
-        unexplained = floor * jnp.clip(1 + _shrunk(slope, num_draws), 0.0, 1.0)
-        return Terminal(mean, floor + spread + unexplained), None
+        shift = jnp.mean(change, axis=0)
+        slope = jnp.clip(1 + jnp.sum(noise * change, axis=0) / (sd * jnp.sum(noise**2, axis=0)), 0.0, 1.0)
+        rest = change - shift[None] - ((slope - 1) * sd)[None] * noise
+        linear, other = slope**2 * current.variance, _shrunk_mean_square(rest)
+        own, found = current.variance - floor, linear + other + floor * slope
+        # Lengthened as far as the denoiser is linear.
+        kept = slope * linear / (linear + other + 1e-12 * floor)
+        mean = current.mean + shift / jnp.maximum(1 - kept, MIN_CONTRACTION)
+        variance = own + (found - own) / jnp.maximum(1 - slope * kept, MIN_CONTRACTION)
+        return Terminal(mean, floor + jnp.maximum(variance, 0.0)), None
 
     found, _ = jax.lax.scan(one_round, start, None, length=TERMINAL_ROUNDS)
     usable = jnp.all(jnp.isfinite(found.mean)) & jnp.all(jnp.isfinite(found.variance))
@@ -97,7 +110,7 @@ def prior_draws(
 ) -> tuple[Array, Terminal]:
     """Approximate prior draws by the second-order predictor, which needs no tuning.
 
-    `PILOT_SEGMENTS + TERMINAL_ROUNDS` evaluations a draw.
+    `PILOT_SEGMENTS + TERMINAL_ROUNDS` evaluations a draw, with at least `MIN_TERMINAL_DRAWS` for the rounds.
 
     Returns:
         Draws at `t_min`, shape `(num_draws, *event)`, and the terminal Gaussian that they start from.
@@ -107,7 +120,7 @@ def prior_draws(
     grid = noise_grid(noise.schedule, times, dtype)
     kernel = GaussianTransition(order=2)
     tuning = default_tuning(kernel, grid, shape)
-    terminal = measure_terminal(terminal_key, score_fn, grid, shape, num_draws)
+    terminal = measure_terminal(terminal_key, score_fn, grid, shape, max(num_draws, MIN_TERMINAL_DRAWS))
 
     def draw(key: RandomKey) -> Event:
         return reverse_pass(key, score_fn, grid, kernel, tuning, terminal).x

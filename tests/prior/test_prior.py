@@ -553,7 +553,7 @@ def test_images_have_a_finite_density_and_gradient():
         (
             lambda: rtk.DiffusionPrior(normal_score, (2,), reverse=rtk.MALA),
             TypeError,
-            "`inner` must be an inner kernel",
+            "`reverse` must be a reverse kernel",
         ),
         (lambda: rtk.DiffusionPrior(lambda x, t: x[:1], (2,)), ValueError, "`score_fn` returned shape"),
         (lambda: rtk.DiffusionPrior(lambda x, t, c: x, (2,)), ValueError, "bind it: `lambda x, t: network"),

@@ -19,6 +19,7 @@ from numpyro_rtk._noising._grid import (
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import noise_range, segment_times
 from numpyro_rtk._reverse._pilot import (
+    MIN_TERMINAL_DRAWS,
     MIN_RELATIVE_CURVATURE,
     PILOT_PRIOR_DRAWS,
     PILOT_SEGMENTS,
@@ -170,7 +171,8 @@ def test_prior_draws_cost_forty_evaluations_each_and_those_of_the_terminal():
     assert isinstance(terminal, Terminal)
     assert terminal.mean.shape == terminal.variance.shape == (3,)
     assert (PILOT_SEGMENTS, TERMINAL_ROUNDS) == (40, 3)
-    assert score.count == 2 * (40 + 3)
+    assert score.count == 2 * 40 + 3 * MIN_TERMINAL_DRAWS
+    assert MIN_TERMINAL_DRAWS == 32
 
 
 # Where levels are placed.
