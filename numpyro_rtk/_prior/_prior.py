@@ -87,11 +87,10 @@ class DiffusionPrior(dist.Distribution):
     `()` for scalars. The support is real, so that every initialisation strategy works.
 
     *Drawing.* `num_segments * reverse.evaluations_per_segment` score evaluations per draw, 96 by default. The
-    first call of
-    `sample` learns the curvature of every segment from 16 draws of a second-order predictor, noised and
-    denoised: `16 (40 + num_segments + 1)` evaluations, 1,168 by default, 16 at a time, and two to check the
-    score. They have a fixed key, so that the tuning is a property of the prior. It is kept for the same
-    `score_fn` object, and is learnt while
+    first call of `sample` learns the curvature of every segment from 16 draws of a second-order predictor,
+    noised and denoised, and the Gaussian that passes start from: `16 (40 + num_segments + 1) + 96`
+    evaluations, 1,264 by default, 16 at a time, and two to check the score. They have a fixed key, so that
+    the tuning is a property of the prior. It is kept for the same `score_fn` object, and is learnt while
     tracing, not in the compiled program, unless `score_fn` depends on tracers. All draws of one call are made
     together: in memory, too. A draw that met something non-finite is NaN.
 

@@ -137,9 +137,9 @@ def test_evaluations_of_draws():
         before = counter.count
         jax.block_until_ready(build().sample(jr.key(0), (num_draws,)))
         counts.append(counter.count - before)
-    # Two to check the score and the pilot (40 segments and 3 rounds for the terminal Gaussian), at the first
-    # call with this score.
-    assert counts == [2 + 16 * (40 + 3 + 11) + 30, 120]
+    # Two to check the score, the pilot (40 segments, 11 levels) and 3 rounds for the terminal Gaussian, at
+    # the first call with this score.
+    assert counts == [2 + 16 * (40 + 11) + 3 * 32 + 30, 120]
 
 
 def test_failed_passes_are_nan():

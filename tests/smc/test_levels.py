@@ -19,8 +19,8 @@ from numpyro_rtk._noising._grid import (
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import noise_range, segment_times
 from numpyro_rtk._reverse._pilot import (
-    MIN_TERMINAL_DRAWS,
     MIN_RELATIVE_CURVATURE,
+    MIN_TERMINAL_DRAWS,
     PILOT_PRIOR_DRAWS,
     PILOT_SEGMENTS,
     prior_draws,
