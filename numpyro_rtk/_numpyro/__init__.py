@@ -9,5 +9,7 @@ from numpyro_rtk._numpyro._rtk_kernel import (
     RTKState as RTKState,
     RTKULD as RTKULD,
 )
-from numpyro_rtk._numpyro._score_hmc import ScoreHMC as ScoreHMC
-from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState as ScoreHMCState
+from numpyro_rtk._numpyro._score_hmc import (
+    ScoreHMC as ScoreHMC,
+    ScoreHMCState as ScoreHMCState,
+)

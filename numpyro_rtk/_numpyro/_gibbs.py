@@ -1,33 +1,46 @@
 """`RTKGibbs`: particle Gibbs for the diffusion sites of a model, another kernel for everything else."""
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import numpyro
-from numpyro.infer.gibbs import conditioned, Gibbs
+from jaxtyping import Array
+from numpyro.infer.gibbs import conditioned, Gibbs, GIBBS_SITES_KWARG, with_conditioning
 from numpyro.infer.hmc import HMC
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
+from numpyro_rtk._numpyro._arguments import read_start
+from numpyro_rtk._numpyro._inner_start import check_supports, start_inner
 from numpyro_rtk._numpyro._joint import joint_init, joint_sample
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
-from numpyro_rtk._numpyro._particle_gibbs_chain import ParticleGibbsState
-from numpyro_rtk._numpyro._score_hmc import ScoreHMC
-from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState
+from numpyro_rtk._numpyro._particle_gibbs_chain import DEFAULT_STATISTICS, ParticleGibbsState
+from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
 from numpyro_rtk._numpyro._sites import (
     diffusion_site_names,
     inspect_model,
+    latent_diffusion_sites,
     refuse_discrete,
+    traced_sites,
     without_diffusion,
 )
+from numpyro_rtk._numpyro._start_checks import check_start
+from numpyro_rtk._numpyro._states import lists_fields
+from numpyro_rtk._user import arviz_asks
 
 
+@lists_fields
 class RTKGibbsState(NamedTuple):
-    """State of `RTKGibbs`: NumPyro's `GibbsState` and what belongs to both blocks."""
+    """State of `RTKGibbs`: NumPyro's `GibbsState`, what belongs to both blocks, and by name what is worth
+    looking at in one of them.
+    """
 
     z: dict[str, Any]
     """The draws, as each block keeps them."""
@@ -39,6 +52,65 @@ class RTKGibbsState(NamedTuple):
     """Whether either block diverged."""
     num_score_evals: Any = 0
     """Score evaluations of the iteration."""
+
+    @property
+    def unresolved(self) -> Array:
+        """Whether either block rejected a path that was too coarse to know its energy error from scores."""
+        return _any_flag(self.block_states, "unresolved")
+
+    @property
+    def accept_prob(self) -> Array:
+        """As `ParticleGibbsState` has it: of the reverse kernel. That of the inner kernel is
+        `block_states.1.accept_prob`.
+        """
+        return self.block_states[0].accept_prob
+
+    @property
+    def local_accept_prob(self) -> Array:
+        """As `ParticleGibbsState` has it."""
+        return self.block_states[0].local_accept_prob
+
+    @property
+    def particle_ess(self) -> Array:
+        """As `ParticleGibbsState` has it."""
+        return self.block_states[0].particle_ess
+
+    @property
+    def changed(self) -> Array:
+        """As `ParticleGibbsState` has it."""
+        return self.block_states[0].changed
+
+    @property
+    def depth(self) -> Array:
+        """As `ParticleGibbsState` has it."""
+        return self.block_states[0].depth
+
+    @property
+    def energy(self) -> Array:
+        """Of the inner kernel, where it is a Hamiltonian one."""
+        return self.block_states[1].energy
+
+
+def _any_flag(states: tuple[Any, ...], name: str) -> Array:
+    """Whether a flag is set in any block, at any depth of blocks within blocks."""
+    flags = [jnp.zeros((), bool)]
+    for state in states:
+        if hasattr(state, name):
+            flags.append(jnp.asarray(getattr(state, name)))
+        elif hasattr(state, "block_states"):
+            flags.append(_any_flag(state.block_states, name))
+    return functools.reduce(jnp.logical_or, flags)
+
+
+def _shows_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Shows the options of `RTKParticleGibbs`, with their defaults, in the signature of an `__init__` that
+    takes them as `**options`.
+    """
+    own = list(inspect.signature(init).parameters.values())[:-1]
+    options = inspect.signature(RTKParticleGibbs.__init__).parameters.values()
+    shown = [parameter for parameter in options if parameter.kind is parameter.KEYWORD_ONLY]
+    init.__signature__ = inspect.Signature([*own, *shown], return_annotation=None)  # pyright: ignore
+    return init
 
 
 class RTKGibbs(Gibbs):
@@ -57,9 +129,14 @@ class RTKGibbs(Gibbs):
     move slowly (R-hat and effective sample sizes say so); then use `ScoreHMC`, alone or here.
 
     *Cost.* `num_score_evals`: those of particle Gibbs and none by the inner kernel; with `ScoreHMC`, its own
-    and one per event besides, as its start has moved. The state has `diverging` of both blocks;
-    other statistics are `"block_states.0.<field>"` in `extra_fields` for particle Gibbs and
-    `"block_states.1.<field>"` for the inner kernel.
+    and one per event besides, as its start has moved. The state has `diverging` and `unresolved` of both
+    blocks, `particle_ess`, `changed`, `depth` and `accept_prob` of particle Gibbs, and `energy` of a
+    Hamiltonian inner kernel; all other statistics are `"block_states.0.<field>"` in `extra_fields` for
+    particle Gibbs and `"block_states.1.<field>"` for the inner kernel.
+
+    *Start.* `init_params` has constrained values of any latents, as has `init_to_value` of the inner kernel;
+    a diffusion site that is given is never drawn anew. As a block of a NumPyro `Gibbs` it finds a start of
+    its own.
 
     Args:
         inner_kernel: A kernel built on the model: `NUTS(model)`, `HMC(model)`, `DiscreteGibbs(model)`, a
@@ -74,6 +151,7 @@ class RTKGibbs(Gibbs):
 
     _state_cls = RTKGibbsState  # pyright: ignore[reportAssignmentType]
 
+    @_shows_options
     def __init__(self, inner_kernel: MCMCKernel, **options: Any) -> None:
         if not isinstance(inner_kernel, MCMCKernel):
             got = (
@@ -111,17 +189,42 @@ class RTKGibbs(Gibbs):
 
     @property
     def default_fields(self) -> tuple[str, ...]:
-        """The draws, and whether either block diverged."""
-        return ("z", "diverging")
+        """The draws, whether something failed, and whether sweeps moved; with `ScoreHMC` its energy."""
+        return ("z", *DEFAULT_STATISTICS, *["energy"] * self._joint)
 
     @property
     def model(self) -> Callable[..., Any]:
-        """The model as it was given, with its diffusion priors."""
-        return self._user_model
+        """The model as it was given; for ArviZ, which only reads plates and observations, one that evaluates
+        no network.
+        """
+        return without_diffusion(self._user_model) if arviz_asks() else self._user_model
+
+    @property
+    def _sample_fn(self) -> Any:
+        """Tells `MCMC` whether a resumed run needs no `init`: it does where the inner kernel keeps what it
+        learnt of the model outside its state, and has not seen the model, as after pickling.
+        """
+        inner = self._kernels[1]
+        known = [getattr(inner, name, True) for name in ("_sample_fn", "_prepared_model")]
+        return None if any(value is None for value in known) else self._sample_chain
+
+    @_sample_fn.setter
+    def _sample_fn(self, value: Any) -> None:
+        # NumPyro's `Gibbs` writes here.
+        del value
 
     def __repr__(self) -> str:
         (particle_gibbs, _), (inner, _) = self.blocks
-        return f"RTKGibbs({type(inner).__name__}, {particle_gibbs!r})"
+        name = repr(inner) if self._joint else type(inner).__name__
+        return f"RTKGibbs({name}, {particle_gibbs!r})"
+
+    def get_diagnostics_str(self, state: RTKGibbsState) -> str:
+        """What both blocks say, for the progress bar; over all chains if there are several."""
+        if jnp.ndim(state.diverging) == 0:
+            return super().get_diagnostics_str(state)  # pyright: ignore[reportArgumentType]
+        text, inner = self._kernels[0].get_diagnostics_str(state.block_states[0]), state.block_states[1]
+        accept_prob = getattr(inner, "mean_accept_prob", None)
+        return text if accept_prob is None else f"{text} | acc. prob={np.mean(accept_prob):.2f}"
 
     def init(
         self,
@@ -136,52 +239,83 @@ class RTKGibbs(Gibbs):
         Args:
             rng_key: One key, or one per vectorized chain.
             num_warmup: Length of the warmup.
-            init_params: `None`, or `{site: value}` with a chain axis if keys are batched: constrained values
-                of diffusion sites, unconstrained ones of sites of an HMC inner kernel.
+            init_params: `None`, or constrained values of some or all latents, `{site: value}`, with a chain
+                axis if keys are batched.
             model_args: Arguments of the model.
             model_kwargs: Keyword arguments of the model.
         """
+        kwargs = {} if model_kwargs is None else dict(model_kwargs)
         # Before the blocks, whose own words would not name this kernel, and outside `vmap`.
-        trace = inspect_model(
-            "RTKGibbs", conditioned(self._user_model), jr.key(0), model_args, dict(model_kwargs or {})
-        ).trace
-        if isinstance(self._kernels[1], HMC):
-            refuse_discrete(f"RTKGibbs({type(self._kernels[1]).__name__}(model))", trace)
-        if is_prng_key(rng_key):
-            return self._init_chain(rng_key, num_warmup, init_params, model_args, model_kwargs)
+        found = inspect_model("RTKGibbs", conditioned(self._user_model), jr.key(0), model_args, kwargs)
+        inner = self._kernels[1]
+        if isinstance(inner, HMC):
+            refuse_discrete(f"RTKGibbs({type(inner).__name__}(model))", found.trace)
+        batched = not is_prng_key(rng_key)
+        self._resolve(found.trace, kwargs)
+        if not self._joint:
+            check_supports(inner, found.trace, self._sites[1])
+        given: dict[str, Array] = {}
+        if GIBBS_SITES_KWARG not in kwargs:
+            num_chains = rng_key.shape[0] if batched else None
+            given = read_start(init_params, getattr(inner, "_init_strategy", None), found.trace, num_chains)
+
+        def one(inputs: tuple[Any, dict[str, Array]]) -> RTKGibbsState:
+            return self._init_chain(*inputs, num_warmup, model_args, kwargs)
+
+        def log_likelihood(state: RTKGibbsState) -> Array:
+            others = self._others(state.z, model_args, kwargs)
+            block, z = self._kernels[0], state.block_states[0].z
+            return block.log_likelihood(z, model_args, with_conditioning(kwargs, others))  # pyright: ignore
+
+        if not batched:
+            state = one((rng_key, given))
+            check_start("RTKGibbs", log_likelihood(state))
+            return state
         axes = self._chain_axes()
+        state = jax.vmap(one, out_axes=axes)((rng_key, given))
+        check_start("RTKGibbs", jax.vmap(log_likelihood, in_axes=(axes,))(state))
+        return state
 
-        def one(key: Any, params: Any) -> RTKGibbsState:
-            return self._init_chain(key, num_warmup, params, model_args, model_kwargs)
+    def _resolve(self, trace: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """Which block has which sites: static, and the same for every trace of the model."""
+        self._sites = self._resolve_partition(trace, frozenset(kwargs.get(GIBBS_SITES_KWARG, {})))
+        self._has_deterministic = any(site["type"] == "deterministic" for site in trace.values())
 
-        return jax.vmap(one, out_axes=axes)(rng_key, init_params)
+    def _others(self, z: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Array]:
+        """Constrained values of the latents that are no diffusion sites."""
+        values = self.get_constrain_fn(args, kwargs)(z)
+        return {name: value for name, value in values.items() if name in z and name not in self._sites[0]}
 
     def _init_chain(
-        self, rng_key: Any, num_warmup: int, init_params: Any, args: Any, kwargs: Any
+        self,
+        rng_key: Any,
+        given: dict[str, Array],
+        num_warmup: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> RTKGibbsState:
-        if self._joint:
+        particle_gibbs, inner = self._kernels
+        assert isinstance(particle_gibbs, RTKParticleGibbs)
+        if isinstance(inner, ScoreHMC):
             init_key, next_key = jr.split(rng_key)
-            blocks = joint_init(*self._kernels, init_key, num_warmup, init_params, args, dict(kwargs or {}))  # pyright: ignore
-            self._sample_fn = (
-                self._sample_chain
-            )  # as NumPyro's `Gibbs` does: tells `MCMC` that a resumed run needs no `init`
-            return RTKGibbsState(
-                z=blocks[1].z,
-                block_states=blocks,
-                rng_key=next_key,
-                diverging=jnp.zeros((), bool),
-                num_score_evals=jnp.zeros_like(blocks[0].num_score_evals),
-            )
-        with numpyro.validation_enabled(False):  # NumPyro traces the model at placeholders
-            state: Any = super().init(rng_key, num_warmup, init_params, args, kwargs)
-        count = jnp.zeros_like(state.block_states[0].num_score_evals)
-        state = state._replace(diverging=jnp.zeros((), bool), num_score_evals=count)
-        given = {name: value for name, value in (init_params or {}).items() if name in self._sites[0]}
-        if not given:
-            return state
-        # Particle Gibbs as a block starts from its own sweep; a start that the user gave comes before it.
-        block = state.block_states[0]._replace(z=state.block_states[0].z | given)
-        return state._replace(z=state.z | given, block_states=(block, *state.block_states[1:]))
+            blocks = joint_init(particle_gibbs, inner, init_key, num_warmup, given, args, kwargs)
+            z = blocks[1].z
+        else:
+            next_key, trace_key, particle_key, inner_key = jr.split(rng_key, 4)
+            diffusion, own = self._sites
+            trace, _ = traced_sites(conditioned(self._user_model), trace_key, args, kwargs)
+            others: dict[str, Any] = {name: given.get(name, trace[name]["value"]) for name in own}
+            here = with_conditioning(kwargs, others)
+            sites = latent_diffusion_sites(conditioned(self._user_model), jr.key(0), args, here)
+            x = {name: value for name, value in given.items() if name in diffusion}
+            block = particle_gibbs.start(particle_key, num_warmup, x, sites, args, here)
+            here = with_conditioning(kwargs, block.z)
+            with numpyro.validation_enabled(False):  # NumPyro traces the model at placeholders
+                rest = start_inner(inner, inner_key, num_warmup, given, others, args, here)
+            blocks = (block, rest)
+            z = self._merge_z(blocks)
+        zero = jnp.zeros_like(blocks[0].num_score_evals)
+        return RTKGibbsState(z, blocks, next_key, jnp.zeros((), bool), zero)
 
     def sample(
         self, state: RTKGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -200,16 +334,17 @@ class RTKGibbs(Gibbs):
         return _with_shared(new, shared._replace(iteration=shared.iteration + 1))
 
     def _sample_chain(self, state: RTKGibbsState, args: Any, kwargs: Any) -> RTKGibbsState:
-        if not self._joint:
-            new: Any = super().sample(state, args, kwargs)  # pyright: ignore[reportArgumentType]
-            evaluations = new.block_states[0].num_score_evals
-        else:
+        particle_gibbs, inner = self._kernels
+        if isinstance(inner, ScoreHMC):
+            assert isinstance(particle_gibbs, RTKParticleGibbs)
             next_key, _ = jr.split(state.rng_key)
-            blocks: Any
-            blocks, evaluations = joint_sample(*self._kernels, state.block_states, args, dict(kwargs or {}))  # pyright: ignore
+            states: Any = state.block_states
+            blocks, evaluations = joint_sample(particle_gibbs, inner, states, args, dict(kwargs or {}))
             new = state._replace(z=blocks[1].z, block_states=blocks, rng_key=next_key)
-        flags = [jnp.any(block.diverging) for block in new.block_states if hasattr(block, "diverging")]
-        return new._replace(diverging=jnp.any(jnp.stack(flags)), num_score_evals=evaluations)
+        else:
+            new: Any = self._sample_one(state, args, kwargs)  # pyright: ignore[reportArgumentType]
+            evaluations = new.block_states[0].num_score_evals
+        return new._replace(diverging=_any_flag(new.block_states, "diverging"), num_score_evals=evaluations)
 
     def _chain_axes(self) -> RTKGibbsState:
         """Axes of the chains in a state: everywhere but in what chains share."""

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import jax.random as jr
+from jaxtyping import Array
 from numpyro.infer.gibbs import with_conditioning
 
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 from numpyro_rtk._numpyro._particle_gibbs_chain import ParticleGibbsState
-from numpyro_rtk._numpyro._score_hmc import ScoreHMC
-from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState
+from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
 from numpyro_rtk._numpyro._sites import latent_diffusion_sites
 
 
@@ -32,24 +32,22 @@ def joint_init(
     hmc: ScoreHMC,
     rng_key: Any,
     num_warmup: int,
-    init_params: dict[str, Any] | None,
+    given: dict[str, Array],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[ParticleGibbsState, ScoreHMCState]:
     """States of both kernels at one start of one chain.
 
     `ScoreHMC` finds values of the latents that are no diffusion sites, and particle Gibbs the diffusion sites
-    given those.
+    given those; but for the constrained values that are given.
     """
     particle_key, hmc_key = jr.split(rng_key)
-    hmc_state = hmc.init(hmc_key, num_warmup, init_params, args, kwargs)
-    sites = {site.name for site in latent_diffusion_sites(hmc.model, jr.key(0), args, kwargs)}
-    given = {name: value for name, value in (init_params or {}).items() if name in sites}
-    values = {name: hmc_state.z[name] for name in sites} if given else None
-    state = particle_gibbs.init(
-        particle_key, num_warmup, values, args, _given_others(hmc, hmc_state.z, sites, args, kwargs)
-    )
-    state = state._replace(z=state.z | given)
+    hmc_state = hmc.init(hmc_key, num_warmup, given, args, kwargs)
+    sites = latent_diffusion_sites(hmc.model, jr.key(0), args, kwargs)
+    names = {site.name for site in sites}
+    x = {name: value for name, value in given.items() if name in names}
+    here = _given_others(hmc, hmc_state.z, names, args, kwargs)
+    state = particle_gibbs.start(particle_key, num_warmup, x, sites, args, here)
     return state, hmc.moved(hmc_state, state.z, args, kwargs)
 
 

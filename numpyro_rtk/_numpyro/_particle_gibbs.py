@@ -1,6 +1,7 @@
 """`RTKParticleGibbs`: posterior draws of the diffusion sites of a model."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,9 +16,11 @@ from numpyro.infer.gibbs import conditioned, GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
+from numpyro_rtk._numpyro._arguments import read_init_params
 from numpyro_rtk._numpyro._collapse import warn_collapsed
-from numpyro_rtk._numpyro._particle_gibbs_chain import Chain, ParticleGibbsState
-from numpyro_rtk._numpyro._particle_gibbs_options import check_options, Options
+from numpyro_rtk._numpyro._likelihood import Likelihood
+from numpyro_rtk._numpyro._particle_gibbs_chain import Chain, DEFAULT_STATISTICS, ParticleGibbsState
+from numpyro_rtk._numpyro._particle_gibbs_options import check_options, Chosen, describe, Options
 from numpyro_rtk._numpyro._problem import (
     draw_and_probe,
     first_calls,
@@ -35,13 +38,14 @@ from numpyro_rtk._numpyro._sites import (
     DiffusionSite,
     inspect_model,
     latent_diffusion_sites,
-    ModelSites,
     without_diffusion,
 )
-from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
-from numpyro_rtk._score._checks import check_first_call, check_score_shape
+from numpyro_rtk._numpyro._start_checks import check_likelihood, check_others, check_sites, check_start
+from numpyro_rtk._reverse._base import AbstractInnerKernel
+from numpyro_rtk._score._checks import check_first_call
 from numpyro_rtk._smc._local import AbstractLocalMove, LocalHMC
 from numpyro_rtk._smc._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS, MAX_RESIDUALS
+from numpyro_rtk._user import arviz_asks
 
 
 class RTKParticleGibbs(MCMCKernel):
@@ -82,7 +86,7 @@ class RTKParticleGibbs(MCMCKernel):
         num_particles: At least 2, the pinned one included.
         segments: Number of segments between noise levels (`None` is 24), placed for every site where its
             reverse transitions are measured to be far from Gaussian, as where modes part; or one time grid
-            for all sites.
+            for all sites, whose ends must be those of the priors.
         reverse: Reverse kernel of the transitions. `None` is `PreconditionedMALA`, at 3 evaluations a
             transition: one long step with `Simpson()` up to 100 dimensions over all sites, two short steps
                 with the trapezoid rule above, and
@@ -109,6 +113,8 @@ class RTKParticleGibbs(MCMCKernel):
         local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
         num_pilot_draws: Prior draws that measure the denoising error of each level.
+        batch_size: Most events that the start evaluates at once, for memory: of the prior draws, and of the
+            particles of all chains, but at least those of one chain. `None`: all of them.
 
     Raises:
         TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before
@@ -139,6 +145,7 @@ class RTKParticleGibbs(MCMCKernel):
         local: AbstractLocalMove | None = LocalHMC(),  # noqa: B008 - a frozen value
         target_accept_prob: float = 0.7,
         num_pilot_draws: int = 128,
+        batch_size: int | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"`model` must be a NumPyro model (a callable), got {type(model).__name__}.")
@@ -158,22 +165,19 @@ class RTKParticleGibbs(MCMCKernel):
                 local=local,
                 target_accept_prob=target_accept_prob,
                 num_pilot_draws=num_pilot_draws,
+                batch_size=batch_size,
             )
         )
         self._programs = Programs()
+        self._chosen: Chosen | None = None
 
     def __repr__(self) -> str:
-        options = self._options
-        return (
-            f"RTKParticleGibbs(num_particles={options.num_particles}, segments={options.segments}, "
-            f"reverse={options.reverse}, twist={options.twist}, num_guided_steps={options.num_guided_steps}, "
-            f"local={options.local})"
-        )
+        return f"RTKParticleGibbs({describe(self._options, self._chosen)})"
 
     @property
     def model(self) -> Callable[..., Any]:
-        """The model."""
-        return self._model
+        """The model; for ArviZ, which only reads plates and observations, one that evaluates no network."""
+        return without_diffusion(self._model) if arviz_asks() else self._model
 
     @property
     def sample_field(self) -> str:
@@ -182,17 +186,19 @@ class RTKParticleGibbs(MCMCKernel):
 
     @property
     def default_fields(self) -> tuple[str, ...]:
-        """The draws, and whether something non-finite was met."""
-        return ("z", "diverging")
+        """The draws, whether something failed, and whether sweeps moved."""
+        return ("z", *DEFAULT_STATISTICS)
 
     def get_diagnostics_str(self, state: ParticleGibbsState) -> str:
-        """Acceptances, the lowest particle effective sample size and the cost, for the progress bar."""
+        """Acceptances, the lowest particle effective sample size and the cost, for the progress bar; over all
+        chains if there are several.
+        """
         ess = np.asarray(state.particle_ess)[np.asarray(state.weighted)]
         lowest = f", lowest particle ESS {ess.min():.1f}/{self._options.num_particles}" if ess.size else ""
-        failed = ", diverging" if bool(state.diverging) else ""
+        failed = ", diverging" if np.any(state.diverging) else ""
         return (
-            f"{int(state.num_score_evals)} score evals, acc. prob={float(state.accept_prob):.2f}, "
-            f"local {float(state.local_accept_prob):.2f}{lowest}{failed}"
+            f"{int(np.sum(state.num_score_evals))} score evals, acc. prob={np.mean(state.accept_prob):.2f}, "
+            f"local {np.mean(state.local_accept_prob):.2f}{lowest}{failed}"
         )
 
     def init(
@@ -208,41 +214,79 @@ class RTKParticleGibbs(MCMCKernel):
         Args:
             rng_key: One key, or one per vectorized chain.
             num_warmup: Length of the warmup.
-            init_params: `None`, or `{site: value}` to start from, with a chain axis if keys are batched.
-                Ignored in a composite, which hands in prior draws.
+            init_params: `None`, or `{site: value}` to start from, of some or all sites, with a chain axis if
+                keys are batched. Ignored as a block of NumPyro's `Gibbs`, which hands in draws of its own.
             model_args: Arguments of the model.
             model_kwargs: Keyword arguments of the model.
         """
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
-        batched, dtype = not is_prng_key(rng_key), jnp.result_type(float)
         found = inspect_model("RTKParticleGibbs", conditioned(self._model), jr.key(0), model_args, kwargs)
-        self._check_others(found)
-        problem = self._problem(found.diffusion, model_args, kwargs, dtype)
-        self._check_sites(problem)
-        values = None
-        if init_params is not None and GIBBS_SITES_KWARG not in kwargs:
-            values = _read_init_params(init_params, problem.sites, batched, dtype)
-        shared, floor = self._measure(problem, num_warmup, model_args, kwargs)
+        check_others(found)
+        given: dict[str, Array] = {}
+        if GIBBS_SITES_KWARG not in kwargs:
+            num_chains = None if is_prng_key(rng_key) else rng_key.shape[0]
+            given = read_init_params(init_params, found.trace, num_chains)
+        return self.start(rng_key, num_warmup, given, found.diffusion, model_args, kwargs)
 
-        def start(keys: Any, values: Any, seen: Any, options: Options, args: Any, kwargs: Any) -> Any:
+    def start(
+        self,
+        rng_key: Any,
+        num_warmup: int,
+        given: dict[str, Array],
+        sites: tuple[DiffusionSite, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> ParticleGibbsState:
+        """State at the start of a model that was inspected.
+
+        Args:
+            rng_key: One key, or one per vectorized chain.
+            num_warmup: Length of the warmup.
+            given: Values of some or all diffusion sites, which are then never drawn anew.
+            sites: All diffusion sites.
+            args: Arguments of the model.
+            kwargs: Keyword arguments of the model, with the values of other latents in a composite.
+        """
+        batched, dtype = not is_prng_key(rng_key), jnp.result_type(float)
+        problem = self._problem(sites, args, kwargs, dtype)
+        check_sites(problem)
+        shared, floor = self._measure(problem, num_warmup, args, kwargs)
+        # What was given is not drawn anew.
+        shared = shared._replace(restarts=jnp.asarray(not given))
+
+        def start(keys: Any, given: Any, seen: Any, options: Options, args: Any, kwargs: Any) -> Any:
             shared, floor = seen
             chain = Chain(options, self._problem(None, args, kwargs, dtype), shared)
+            # For `repr` only.
+            self._chosen = chain.chosen
 
-            def one(key: Any, value: Any) -> ParticleGibbsState:
-                return chain.start(key, value, floor, num_warmup)
+            def one(inputs: tuple[Any, dict[str, Array]]) -> ParticleGibbsState:
+                return chain.start(*inputs, floor, num_warmup)
 
-            return jax.vmap(one)(keys, values) if batched else one(keys, values)
+            return options.over_chains(one, (keys, given)) if batched else one((keys, given))
 
         name = f"start {batched} {num_warmup} {dtype}"
         seen = (shared, floor)
-        state = self._program(name, start, rng_key, values, seen, self._options, model_args, kwargs)
+        state = self._program(name, start, rng_key, given, seen, self._options, args, kwargs)
         state = state._replace(shared=shared)
-        self._check_start(state, problem, batched)
-        # In a composite the other latents are arbitrary at the start, and so are the weights.
-        if GIBBS_SITES_KWARG not in kwargs and not isinstance(state.particle_ess, Tracer):
+
+        def log_likelihood(z: dict[str, Array], args: Any, kwargs: Any) -> Array:
+            one = functools.partial(self.log_likelihood, args=args, kwargs=kwargs)
+            return jax.vmap(one)(z) if batched else one(z)
+
+        name = f"likelihood {batched}"
+        check_start("RTKParticleGibbs", self._program(name, log_likelihood, state.z, args, kwargs))
+        if GIBBS_SITES_KWARG in kwargs:
+            # The other latents are arbitrary at the start, and so are the weights and the evidence.
+            return state._replace(log_evidence=None)
+        if not isinstance(state.particle_ess, Tracer):
             ess, times = np.atleast_2d(state.particle_ess), np.asarray(shared.measured[0].grid.t)
             warn_collapsed(ess, times, self._options.num_particles)
         return state
+
+    def log_likelihood(self, z: dict[str, Array], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
+        """Log probability of all besides the priors of the diffusion sites, for one chain."""
+        return Likelihood(conditioned(self._model), args, kwargs).terms(z).log_likelihood
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         # The model and the kernel's options are all that a program depends on besides its arguments.
@@ -297,7 +341,7 @@ class RTKParticleGibbs(MCMCKernel):
                 "`twist=GaussianTwist()` needs Gaussian observations (`Normal` or `MultivariateNormal` "
                 "sites), and the model has none. Leave `twist` out, or use `TemperedTwist()`."
             )
-        _check_likelihood(terms)
+        check_likelihood(terms.log_likelihood)
         # Only covariances that are formed need all residuals.
         kept = options.num_pilot_draws if num_observations else 0
         kept = MAX_RESIDUALS if num_observations > MAX_EXACT_OBSERVATIONS else kept
@@ -312,42 +356,9 @@ class RTKParticleGibbs(MCMCKernel):
             center=center,
             iteration=jnp.zeros((), int),
             num_warmup=jnp.asarray(num_warmup, int),
+            restarts=jnp.ones((), bool),
         )
         return shared, floor
-
-    def _check_others(self, found: ModelSites) -> None:
-        if found.others:
-            raise ValueError(
-                "`RTKParticleGibbs` samples diffusion sites only, and the model has other latent sites: "
-                f"{list(found.others)}. Use `RTKGibbs(NUTS(model))` to sample them too, or "
-                "`numpyro.handlers.condition` to fix them. Observed sites are among them if their data are "
-                "`None`."
-            )
-
-    def _check_sites(self, problem: Problem) -> None:
-        for site, times in zip(problem.sites, problem.times, strict=True):
-            prior = site.prior
-            x = jax.ShapeDtypeStruct(prior.event_shape, problem.dtype)
-            check_kernel("reverse", problem.kernel, prior.score_fn, times.size - 1)
-            check_score_shape(prior.score_fn, x, jax.ShapeDtypeStruct((), problem.dtype), (), {})
-
-    def _check_start(self, state: ParticleGibbsState, problem: Problem, batched: bool) -> None:
-        if any(isinstance(value, Tracer) for value in state.z.values()):
-            return
-
-        def log_likelihood(z: dict[str, Array]) -> Array:
-            return problem.log_likelihood(problem.flatten(z))
-
-        result = jax.vmap(log_likelihood)(state.z) if batched else log_likelihood(state.z)
-        result = np.atleast_1d(np.asarray(result))
-        if not np.all(np.isfinite(result)):
-            bad = [int(i) for i in np.flatnonzero(~np.isfinite(result))]
-            raise ValueError(
-                f"The log likelihood is {result[bad[0]]} at the start"
-                + (f" of chains {bad}" if batched else "")
-                + ". Give a start inside "
-                "the support, `MCMC.run(..., init_params={site: value})`, or more particles."
-            )
 
     def sample(
         self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -363,7 +374,7 @@ class RTKParticleGibbs(MCMCKernel):
                 return chain.step(state)
             # The iteration has no chain axis, so that this branches for vectorized chains, too.
             return jax.lax.cond(
-                self._options.restarts_at(shared.iteration, shared.num_warmup),
+                shared.restarts & self._options.restarts_at(shared.iteration, shared.num_warmup),
                 lambda: chain.restart(state),
                 lambda: chain.step(state),
             )
@@ -404,47 +415,3 @@ class RTKParticleGibbs(MCMCKernel):
             }
 
         return add_deterministic
-
-
-def _check_likelihood(terms: Any) -> None:
-    """Raise if the likelihood is impossible at every prior draw, or NaN at any."""
-    total = terms.log_likelihood
-    if isinstance(total, Tracer):
-        return
-    total = np.asarray(total)
-    if np.all(np.isnan(total)):
-        raise ValueError(
-            "The log likelihood is NaN at every one of the prior draws tried. Check the observations and the "
-            "parameters of their "
-            "laws."
-        )
-    if not np.any(total > -np.inf):
-        raise ValueError(
-            f"The log likelihood is -inf at all {total.size} prior draws tried: the data are impossible "
-            f"under the model there. "
-            "Check the supports of the observed sites, and transforms (a rate must be positive: `exp`, "
-            "`softplus`)."
-        )
-
-
-def _read_init_params(
-    init_params: Any, sites: tuple[DiffusionSite, ...], batched: bool, dtype: Any
-) -> dict[str, Array]:
-    names = {site.name for site in sites}
-    if not isinstance(init_params, dict) or set(init_params) != names:
-        got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
-        raise ValueError(
-            f"`init_params` must be a dict with the diffusion sites {sorted(names)} as keys, got {got}."
-        )
-    values = {}
-    for site in sites:
-        value = jnp.asarray(init_params[site.name], dtype)
-        shape = value.shape[1:] if batched else value.shape
-        if shape != site.shape:
-            raise ValueError(
-                f"`init_params[{site.name!r}]` has shape {shape}, but the site has shape {site.shape}."
-            )
-        if not isinstance(value, Tracer) and not np.all(np.isfinite(np.asarray(value))):
-            raise ValueError(f"`init_params[{site.name!r}]` contains NaN or infinity.")
-        values[site.name] = value
-    return values

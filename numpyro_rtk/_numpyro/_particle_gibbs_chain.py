@@ -8,18 +8,30 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float
 
 from numpyro_rtk._moves._accept import select
-from numpyro_rtk._numpyro._particle_gibbs_options import Options
+from numpyro_rtk._numpyro._particle_gibbs_options import Chosen, Options
 from numpyro_rtk._numpyro._problem import Problem, Shared
+from numpyro_rtk._numpyro._states import lists_fields
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
 from numpyro_rtk._reverse._pass import rule_step_size
 from numpyro_rtk._reverse._pilot import Pilot
-from numpyro_rtk._smc._conditional import conditional_sweep, no_sweep, sweep_evaluations, SweepTuning
+from numpyro_rtk._smc._conditional import (
+    conditional_sweep,
+    full_sweep_evaluations,
+    no_sweep,
+    sweep_evaluations,
+    SweepTuning,
+)
 from numpyro_rtk._smc._moves import max_step_size, no_move, preconditioner
 from numpyro_rtk._smc._posterior import Posterior
 from numpyro_rtk._smc._unconditional import choose_sweep, unconditional_evaluations, unconditional_sweep
 from numpyro_rtk._tuning._sweeps import Iteration, ParticleGibbsAdaptState, SweepTuner
 
 
+DEFAULT_STATISTICS = ("diverging", "unresolved", "accept_prob", "changed")
+"""What is collected without being asked for: whether something failed, and whether sweeps moved."""
+
+
+@lists_fields
 class ParticleGibbsState(NamedTuple):
     """State of `RTKParticleGibbs`; with vectorized chains every field but `shared` has a chain axis.
 
@@ -47,8 +59,9 @@ class ParticleGibbsState(NamedTuple):
     """Whether the sweep left the pinned path."""
     depth: Array
     """Levels refreshed, 1 to the number of levels (a full sweep); 0 in an iteration without a sweep."""
-    log_evidence: Float[Array, ""]
-    """Estimate of the log evidence from the unconditional sweep at the start; constant over the run."""
+    log_evidence: Float[Array, ""] | None
+    """Estimate of the log evidence from the unconditional sweep at the start; constant over the run. `None`
+    in a composite, where it would be given arbitrary values of the other latents."""
     diverging: Bool[Array, ""]
     """Whether something non-finite was met, or no particle had any weight."""
     unresolved: Bool[Array, ""]
@@ -81,16 +94,28 @@ class Chain(NamedTuple):
             posterior, options.local, options.target_accept_prob, options.num_particles, STEP_SIZES
         )
 
-    def start(
-        self, key: Any, value: dict[str, Array] | None, floor: Array, num_warmup: int
-    ) -> ParticleGibbsState:
-        """State before the first iteration: two unconditional sweeps, the draw of one of them, or `value`.
+    @property
+    def chosen(self) -> Chosen:
+        """What the options came to for the model."""
+        options, problem = self.options, self.problem
+        posterior = self.posterior(initial_log_beta(self._pilots), jnp.zeros((), problem.dtype))
+        count = full_sweep_evaluations(posterior, options.num_particles, options.num_guided_steps)
+        count += 1 + (0 if options.local is None else options.local.num_evaluations)
+        return Chosen(problem.kernel, problem.num_levels, problem.jacobian, count * problem.num_events)
+
+    @property
+    def _pilots(self) -> tuple[Pilot, ...]:
+        return tuple(seen.pilot for seen in self.shared.measured)
+
+    def start(self, key: Any, given: dict[str, Array], floor: Array, num_warmup: int) -> ParticleGibbsState:
+        """State before the first iteration: two unconditional sweeps, the draw of one of them, and what is
+        given.
 
         The first sweep adapts, the second does not and estimates the evidence.
         """
         sweep_key, next_key = jr.split(key)
         *sweep_keys, choose_key = jr.split(sweep_key, 3)
-        log_beta = initial_log_beta(tuple(seen.pilot for seen in self.shared.measured))
+        log_beta = initial_log_beta(self._pilots)
         posterior = self.posterior(log_beta, floor)
         initial = _initial_tuning(posterior)
 
@@ -111,7 +136,7 @@ class Chain(NamedTuple):
         num_depths = len(self.options.depths(num_levels))
         tuning = initial._replace(guided_step_size=guided)
         return ParticleGibbsState(
-            z=self.problem.unflatten(x) if value is None else value,
+            z=self.problem.unflatten(x) | given,
             accept_prob=scalar,
             segment_accept_prob=segments,
             guided_accept_prob=segments,

@@ -1,9 +1,10 @@
 """The arguments of `RTKParticleGibbs`, checked, and what `None` means among them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from numpyro_rtk._moves._line_integral import ExactEnergy, Simpson
@@ -44,11 +45,20 @@ class Options(NamedTuple):
     local: AbstractLocalMove | None
     target_accept_prob: float
     num_pilot_draws: int
+    batch_size: int | None
 
     @property
     def start_steps(self) -> int:
         """Guided steps of unconditional sweeps."""
         return max(self.num_start_steps, self.num_guided_steps)
+
+    def over_chains(self, function: Callable[[Any], Any], inputs: Any) -> Any:
+        """`function` of every chain, as many at once as `batch_size` allows."""
+        num_chains = jax.tree.leaves(inputs)[0].shape[0]
+        at_once = num_chains if self.batch_size is None else max(1, self.batch_size // self.num_particles)
+        if at_once >= num_chains:
+            return jax.vmap(function)(inputs)
+        return jax.lax.map(function, inputs, batch_size=at_once)
 
     def depths(self, num_levels: int) -> tuple[int, ...]:
         """The depths that warmup chooses among, in levels."""
@@ -78,6 +88,46 @@ class Options(NamedTuple):
         return is_due & (iteration < 2 ** min(self.num_restarts - 1, 30)) & (2 * iteration < num_warmup)
 
 
+class Chosen(NamedTuple):
+    """What the options came to for a model."""
+
+    reverse: AbstractInnerKernel
+    """Reverse kernel."""
+    num_levels: int
+    """Noise levels."""
+    jacobian: bool
+    """Whether guided moves go through the denoiser's Jacobian."""
+    most_evaluations: int
+    """Score evaluations of an iteration with a full sweep, over all events of all sites."""
+
+
+def describe(options: Options, chosen: Chosen | None) -> str:
+    """The options in words, with what was chosen for the model once a start has seen it."""
+    later = "chosen by dimension and energy at the start"
+    segments = DEFAULT_LEVEL_SEGMENTS if options.segments is None else options.segments
+    if np.ndim(segments):
+        segments = f"{np.size(segments) - 1} given"
+    reverse: Any = options.reverse
+    guidance: Any = options.guidance
+    evaluations = ""
+    if chosen is not None:
+        segments = chosen.num_levels - 1 if options.segments is None else segments
+        reverse, guidance = chosen.reverse, "jacobian" if chosen.jacobian else "mean"
+        evaluations = f", at most {chosen.most_evaluations} score evaluations an iteration"
+    twist = "GaussianTwist(), tempered where not Gaussian" if options.twist is None else options.twist
+    local = "none" if options.local is None else options.local
+    return (
+        f"num_particles={options.num_particles}, segments={segments}, reverse={reverse or later}, "
+        f"twist={twist}, num_guided_steps={options.num_guided_steps}, guidance={guidance or later}, "
+        f"sweep_prob={options.sweep_prob:g}, local={_shown(local)}{evaluations}"
+    )
+
+
+def _shown(local: Any) -> str:
+    """A local move, without `None` for a step size that is adapted."""
+    return str(local).replace("step_size=None", "step_size=adapted")
+
+
 def _dim(sites: tuple[DiffusionSite, ...]) -> int:
     return sum(math.prod(site.shape) for site in sites)
 
@@ -93,6 +143,8 @@ def check_options(options: Options) -> Options:
     )
     for name, minimum, why in counts:
         check_count(name, getattr(options, name), minimum, why)
+    if options.batch_size is not None:
+        check_count("batch_size", options.batch_size, 1, "`None` is no bound")
     sweep_prob = options.sweep_prob
     if not (isinstance(sweep_prob, int | float | np.floating) and 0 <= sweep_prob <= 1):
         raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")

@@ -52,6 +52,8 @@ class Shared(NamedTuple):
     """Iterations so far, warmup included."""
     num_warmup: Array
     """Length of the warmup."""
+    restarts: Array
+    """Whether the warmup may draw the sites anew: no start was given."""
 
 
 class Problem(NamedTuple):

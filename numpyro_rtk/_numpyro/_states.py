@@ -12,12 +12,15 @@ def lists_fields(state: State) -> State:
     `MCMC` looks names of `extra_fields` up as attributes and then as keys.
     """
     by_position: Any = state.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
+    derived = [name for name, value in vars(state).items() if isinstance(value, property)]
 
     def lookup(self: Any, key: Any) -> Any:
         if isinstance(key, str):
+            known: Any = state
             raise ValueError(
                 f"`{state.__name__}` has no field {key!r}. Names that `extra_fields` may have are "
-                f"{', '.join(state._fields)}, and what is inside of these, as in 'adapt_state.step_size'."  # pyright: ignore[reportAttributeAccessIssue]
+                f"{', '.join([*known._fields, *derived])}, and what is inside of these, as in "
+                "'adapt_state.step_size'."
             )
         return by_position(self, key)
 

@@ -268,8 +268,17 @@ def sweep_evaluations(posterior: Posterior, depth: Count, num_particles: int, nu
     guided steps. A full sweep evaluates the free particles at the noisiest level, too.
     """
     num_free, last = num_particles - 1, posterior.last
-    transitions = jnp.minimum(depth, last)
+    per_level = _evaluations_per_level(posterior, num_particles, num_guided_steps)
+    return jnp.minimum(depth, last) * per_level + jnp.where(depth > last, num_free, 0)
+
+
+def full_sweep_evaluations(posterior: Posterior, num_particles: int, num_guided_steps: int) -> int:
+    """Those of a full sweep, the most that a sweep may take."""
+    per_level = _evaluations_per_level(posterior, num_particles, num_guided_steps)
+    return posterior.last * per_level + num_particles - 1
+
+
+def _evaluations_per_level(posterior: Posterior, num_particles: int, num_guided_steps: int) -> int:
     guided = num_guided_steps * posterior.evaluations_per_guided_step
     per_particle = guided + evaluations_per_reverse(posterior) + posterior.evaluations_to_prepare
-    per_level = guided + 1 + num_free * per_particle
-    return transitions * per_level + jnp.where(depth > last, num_free, 0)
+    return guided + 1 + (num_particles - 1) * per_particle

@@ -215,6 +215,13 @@ def test_pickling(gaussian):
     kernel = pickle.loads(pickle.dumps(make(denoising)))
     start = "RTKParticleGibbs(num_particles=6, segments=6, reverse=PreconditionedMALA("
     assert repr(kernel).startswith(start)
+    # What was chosen for the model is known once a start has seen it.
+    assert "guidance=chosen by dimension" in repr(kernel)
+    seen = repr(gaussian.sampler)
+    assert "guidance=mean" in seen
+    assert "None" not in seen
+    evaluations = np.asarray(gaussian.get_extra_fields()["num_score_evals"])
+    assert f"at most {evaluations.max()} score evaluations an iteration" in seen
     again = pickle.loads(pickle.dumps(gaussian))
     np.testing.assert_array_equal(again.get_samples()["x"], gaussian.get_samples()["x"])
 
@@ -511,14 +518,14 @@ def test_models_that_cannot_be_sampled_are_refused_at_init(model, args, options,
 @pytest.mark.parametrize(
     ("init_params", "message"),
     [
-        ({"z": jnp.zeros(2)}, r"must be a dict with the diffusion sites \['x'\] as keys, got \['z'\]"),
-        (jnp.zeros(2), r"must be a dict with the diffusion sites \['x'\]"),
-        ({"x": jnp.zeros(3)}, r"`init_params\['x'\]` has shape \(3,\), but the site has shape \(2,\)"),
+        ({"z": jnp.zeros(2)}, r"`init_params` has \['z'\], but the latents are \['x'\]"),
+        (jnp.zeros(2), r"must be a dict of constrained values"),
+        ({"x": jnp.zeros(3)}, r"`init_params\['x'\]` has shape \(3,\); site 'x' has shape \(2,\)"),
         ({"x": jnp.array([0.0, jnp.nan])}, r"`init_params\['x'\]` contains NaN"),
     ],
 )
 def test_bad_init_params(init_params, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make(denoising).init(jr.key(0), 10, init_params, (Y,), {})
 
 

@@ -1,6 +1,7 @@
 """`RTKGibbs`: diffusion sites by particle Gibbs and everything else by another kernel, against quadrature."""
 
 import functools
+import inspect
 import pickle
 
 import jax
@@ -212,6 +213,42 @@ def test_bad_models(model, message):
         RTKGibbs(NUTS(model), **OPTIONS).init(jr.key(0), 10, None, (Y,), {})
 
 
+def positive(y):
+    """Impossible where the site is not positive, whatever the scale."""
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    x = numpyro.sample("x", PAIR)
+    numpyro.factor("support", jnp.where(jnp.all(x > 0), 0.0, -jnp.inf))
+    numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+
+def test_starts_of_vectorized_chains_are_checked():
+    start = {"x": jnp.array([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.0, 1.0, 2.0]])}
+    with pytest.raises(ValueError, match=r"log likelihood is -inf at the start of chain 1\."):
+        RTKGibbs(NUTS(positive), **OPTIONS).init(jr.split(jr.key(0), 3), 10, start, (Y,), {})
+
+
+def test_signature_shows_the_options():
+    shown = inspect.signature(RTKGibbs).parameters
+    options = inspect.signature(RTKParticleGibbs).parameters
+    assert list(shown) == ["inner_kernel", *list(options)[1:]]
+    assert all(shown[name].default == options[name].default for name in list(options)[1:])
+
+
+def test_fields_by_their_names():
+    names = ("particle_ess", "depth", "energy", "local_accept_prob")
+    mcmc = run(RTKGibbs(NUTS(unknown_noise), **OPTIONS), Y, num_warmup=3, num_samples=4, extra_fields=names)
+    extra = mcmc.get_extra_fields(group_by_chain=True)
+    assert set(extra) == {*names, "diverging", "unresolved", "accept_prob", "changed"}
+    assert extra["particle_ess"].shape == (2, 4, 9)
+    np.testing.assert_array_equal(extra["energy"][:, -1], mcmc.last_state.block_states[1].energy)
+    assert mcmc.last_state.block_states[0].log_evidence is None
+    # Over all chains, though NumPyro asks for one chain only.
+    assert "score evals" in mcmc.sampler.get_diagnostics_str(mcmc.last_state)
+    for name, known in (("ess", "particle_ess, changed"), ("block_states.0.ess", "particle_ess, weighted")):
+        with pytest.raises(ValueError, match=f"no field 'ess'.* {known}"):
+            mcmc.run(jr.key(0), Y, extra_fields=(name,))
+
+
 def test_options_are_those_of_particle_gibbs():
     with pytest.raises(ValueError, match="`num_particles`"):
         RTKGibbs(NUTS(unknown_noise), num_particles=1)
@@ -267,14 +304,26 @@ def test_chain_methods(inner, chain_method):
     assert np.all(np.ptp(np.asarray(draws["scale"]), axis=1) > 0)
 
 
-@pytest.mark.slow
-def test_init_params():
-    kernel = RTKGibbs(NUTS(unknown_noise), **OPTIONS)
-    params = {"x": jnp.array([[1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]]), "scale": jnp.array([0.0, 1.0])}
+def test_a_start_that_was_given_is_kept():
+    """Constrained values of any latents; a restart draws no site anew that was given."""
+    kernel = RTKGibbs(NUTS(unknown_noise), sweep_prob=0.0, **OPTIONS)
+    params = {"x": jnp.array([[1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]]), "scale": jnp.array([1.0, 2.0])}
     state = kernel.init(jr.split(jr.key(0)), 10, params, (Y,), {})
     np.testing.assert_array_equal(state.z["x"], params["x"])
     np.testing.assert_array_equal(state.block_states[0].z["x"], params["x"])
-    np.testing.assert_allclose(state.z["scale"], params["scale"])  # unconstrained, as NUTS has it
+    np.testing.assert_allclose(state.z["scale"], np.log(params["scale"]), rtol=1e-6)
+    # What the inner kernel has cached belongs to this start.
+    potential = [
+        float(-dist.Normal(x, scale).log_prob(Y).sum() - dist.Normal(-0.5, 0.6).log_prob(jnp.log(scale)))
+        for x, scale in zip(params["x"], params["scale"], strict=True)
+    ]
+    np.testing.assert_allclose(state.block_states[1].potential_energy, potential, rtol=1e-5)
+    # The first iteration of a warmup is a restart unless the start was given.
+    state = jax.jit(lambda state: kernel.sample(state, (Y,), {}))(state)
+    assert not np.any(state.block_states[0].depth)
+    one = kernel.init(jr.key(0), 10, {"scale": jnp.asarray(1.5)}, (Y,), {})
+    np.testing.assert_allclose(one.z["scale"], np.log(1.5), rtol=1e-6)
+    assert bool(one.block_states[0].shared.restarts)
 
 
 def hierarchical(y):

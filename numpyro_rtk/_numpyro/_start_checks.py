@@ -1,0 +1,70 @@
+"""Models and starts that particle Gibbs cannot work on, refused in words."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from numpyro_rtk._numpyro._problem import Problem
+from numpyro_rtk._numpyro._sites import ModelSites
+from numpyro_rtk._reverse._base import check_kernel
+from numpyro_rtk._score._checks import check_score_shape
+
+
+def check_others(found: ModelSites) -> None:
+    """Raise for a model with latents that are no diffusion sites."""
+    if found.others:
+        raise ValueError(
+            "`RTKParticleGibbs` samples diffusion sites only, and the model has other latent sites: "
+            f"{list(found.others)}. Use `RTKGibbs(NUTS(model))` to sample them too, or "
+            "`numpyro.handlers.condition` to fix them. Observed sites are among them if their data are "
+            "`None`."
+        )
+
+
+def check_sites(problem: Problem) -> None:
+    """Raise for a reverse kernel that does not fit a site, or a score whose shape does not."""
+    for site, times in zip(problem.sites, problem.times, strict=True):
+        prior = site.prior
+        x = jax.ShapeDtypeStruct(prior.event_shape, problem.dtype)
+        check_kernel("reverse", problem.kernel, prior.score_fn, times.size - 1)
+        check_score_shape(prior.score_fn, x, jax.ShapeDtypeStruct((), problem.dtype), (), {})
+
+
+def check_likelihood(log_likelihood: Any) -> None:
+    """Raise if the likelihood is impossible at every prior draw, or NaN; silent under a trace."""
+    if isinstance(log_likelihood, Tracer):
+        return
+    total = np.asarray(log_likelihood)
+    if np.all(np.isnan(total)):
+        raise ValueError(
+            "The log likelihood is NaN at every one of the prior draws tried. Check the observations and the "
+            "parameters of their laws."
+        )
+    if not np.any(total > -np.inf):
+        raise ValueError(
+            f"The log likelihood is -inf at all {total.size} prior draws tried: the data are impossible "
+            "under the model there. Check the supports of the observed sites, and transforms (a rate must be "
+            "positive: `exp`, `softplus`)."
+        )
+
+
+def check_start(owner: str, log_likelihood: Array) -> None:
+    """Raise if the likelihood at the start is impossible or NaN; silent under a trace.
+
+    Args:
+        owner: Name of the kernel.
+        log_likelihood: Of one chain, or of several, shape `(chains,)`.
+    """
+    if isinstance(log_likelihood, Tracer):
+        return
+    values = np.atleast_1d(np.asarray(log_likelihood))
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        chains = f" of chain{'s' * (bad.size > 1)} {', '.join(map(str, bad))}" if values.size > 1 else ""
+        raise ValueError(
+            f"`{owner}` cannot start: the log likelihood is {values[bad[0]]} at the start{chains}. Give a "
+            "start inside the support, `MCMC.run(..., init_params={site: value})`, or more particles."
+        )
