@@ -9,7 +9,5 @@ from numpyro_rtk._numpyro._rtk_kernel import (
     RTKState as RTKState,
     RTKULD as RTKULD,
 )
-from numpyro_rtk._numpyro._score_hmc import (
-    ScoreHMC as ScoreHMC,
-    ScoreHMCState as ScoreHMCState,
-)
+from numpyro_rtk._numpyro._score_hmc import ScoreHMC as ScoreHMC
+from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState as ScoreHMCState

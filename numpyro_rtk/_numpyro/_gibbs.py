@@ -22,7 +22,8 @@ from numpyro_rtk._numpyro._inner_start import check_supports, start_inner
 from numpyro_rtk._numpyro._joint import joint_init, joint_sample
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 from numpyro_rtk._numpyro._particle_gibbs_chain import DEFAULT_STATISTICS, ParticleGibbsState
-from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
+from numpyro_rtk._numpyro._score_hmc import ScoreHMC
+from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState
 from numpyro_rtk._numpyro._sites import (
     diffusion_site_names,
     inspect_model,

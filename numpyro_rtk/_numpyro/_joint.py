@@ -11,7 +11,8 @@ from numpyro.infer.gibbs import with_conditioning
 
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 from numpyro_rtk._numpyro._particle_gibbs_chain import ParticleGibbsState
-from numpyro_rtk._numpyro._score_hmc import ScoreHMC, ScoreHMCState
+from numpyro_rtk._numpyro._score_hmc import ScoreHMC
+from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState
 from numpyro_rtk._numpyro._sites import latent_diffusion_sites
 
 
