@@ -57,3 +57,17 @@ def x64():
     """Float64, for relations that hold to rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def segments_are_not_checked(request, monkeypatch):
+    """Starts check segments by a program of their own; compiling it for every kernel would double the time of
+    the suite. Tests of the check itself ask for `segments_are_checked`.
+    """
+    if "segments_are_checked" not in request.fixturenames:
+        monkeypatch.setattr("numpyro_rtk._diagnosis._start.CHECK_SEGMENTS", False)
+
+
+@pytest.fixture
+def segments_are_checked():
+    """As it is for users."""

@@ -105,7 +105,10 @@ def test_messages_quoted_in_the_faq_exist():
     source = re.sub(r"\s+", " ", re.sub(r'"\s*\n\s*f?"', "", source))
     page = (ROOT / "docs" / "faq-errors.md").read_text(encoding="utf-8")
     for phrase in (
-        "does not look like the score of noised, standardised data",
+        "is not the score of its own draws",
+        "has the wrong sign",
+        "too long for",
+        "does not resolve",
         "failed on one event",
         "returned NaN or infinity at its first call",
         "is another noising process than the one of `score_fn`",

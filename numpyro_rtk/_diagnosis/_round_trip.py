@@ -9,9 +9,9 @@ rate of false alarms needs no approximation.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -163,7 +163,12 @@ def num_round_trip_draws(dim: int) -> int:
 
 
 def check_round_trip(
-    key: RandomKey, trip: Trip, times: np.ndarray, draws: Array, owner: str
+    key: RandomKey,
+    fly: Callable[[RandomKey, Array, Array], Travellers],
+    times: np.ndarray,
+    draws: Array,
+    kernel: AbstractInnerKernel,
+    owner: str,
 ) -> list[Finding]:
     """Which segment changes the law of draws that pass through it.
 
@@ -176,15 +181,15 @@ def check_round_trip(
 
     Args:
         key: Random key.
-        trip: The kernel and its grid.
+        fly: `travel` of a batch of draws through a segment, compiled: `fly(key, draws, index)`.
         times: The time grid, shape `(segments + 1,)`.
         draws: Draws of the prior at `t_min`, shape `(draws, *event)`; `num_round_trip_draws` of them.
+        kernel: The reverse kernel.
         owner: What the user sets `segments` of, such as `RTKKernel`.
 
     Returns:
         No finding, or one: the worst segment.
     """
-    fly = eqx.filter_jit(travel)
     size, _ = _batches(math.prod(draws.shape[1:]))
     batches = [draws[first : first + size] for first in range(0, draws.shape[0] - size + 1, size)]
     num_segments = times.size - 1
@@ -193,7 +198,7 @@ def check_round_trip(
     def trip_of(key: RandomKey, index: int, batches: list[Array]) -> Changes:
         keys = jr.split(key, len(batches))
         parts = [
-            jax.device_get(fly(key, trip, batch, jnp.asarray(index)))
+            jax.device_get(fly(key, batch, jnp.asarray(index)))
             for key, batch in zip(keys, batches, strict=True)
         ]
         return compare(Travellers(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True))), index)
@@ -219,7 +224,7 @@ def check_round_trip(
     if not excess[worst][statistic]:
         return []
     change = float(tested[worst].change[statistic])
-    return [_too_long(chosen[worst], change, _words(statistic, tested[worst]), times, trip.inner, owner)]
+    return [_too_long(chosen[worst], change, _words(statistic, tested[worst]), times, kernel, owner)]
 
 
 def _words(statistic: int, found: Changes) -> str:

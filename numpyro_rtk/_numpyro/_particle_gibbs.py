@@ -16,6 +16,7 @@ from numpyro.infer.gibbs import conditioned, GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
+from numpyro_rtk._diagnosis._start import check_calibration
 from numpyro_rtk._numpyro._arguments import read_init_params
 from numpyro_rtk._numpyro._collapse import warn_collapsed
 from numpyro_rtk._numpyro._likelihood import Likelihood
@@ -335,6 +336,10 @@ class RTKParticleGibbs(MCMCKernel):
         seen = self._program(f"probe {dtype}", probe, arrays, *settings)
         draws, grids = [one[0] for one in seen], place(problem, seen)
         pilots, terms, center = self._program(f"pilot {dtype}", pilot, draws, grids, arrays, *settings)
+        for site, grid, one in zip(problem.sites, grids, pilots, strict=True):
+            prior = site.prior
+            shape = prior.event_shape
+            check_calibration(prior.score_fn, prior.schedule, grid, shape, one.calibration, site.name)
         num_observations = terms.whitened.shape[1]
         if options.twist is not None and options.twist.gaussian and num_observations == 0:
             raise ValueError(

@@ -18,6 +18,7 @@ from numpyro_rtk._numpyro._likelihood import Likelihood
 from numpyro_rtk._numpyro._particle_gibbs_options import DEFAULT_LEVEL_SEGMENTS, Options
 from numpyro_rtk._numpyro._sites import DiffusionSite
 from numpyro_rtk._reverse._base import AbstractInnerKernel
+from numpyro_rtk._reverse._calibration import or_zero
 from numpyro_rtk._reverse._pilot import Pilot, prior_draws, run_pilot
 from numpyro_rtk._score._checks import first_call
 from numpyro_rtk._score._hoist import hoist, HoistedArrays
@@ -203,7 +204,7 @@ def draw_and_probe(
         draws, terminal = prior_draws(
             draw_key, model, noise, site.prior.event_shape, problem.dtype, options.num_pilot_draws
         )
-        draws = jnp.where(jnp.isfinite(draws), draws, 0.0)
+        draws = or_zero(draws)
         difficulty = None
         candidates = candidate_grid(noise, times.size - 1, problem.dtype)
         # A grid that was given is kept; so is one of all there is between the levels of a coarse precision.

@@ -1,5 +1,6 @@
 """`RTKKernel`: draws from a diffusion model through NumPyro's `MCMC`."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,20 +11,22 @@ from jaxtyping import Array, Bool, Float
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
+from numpyro_rtk._diagnosis._round_trip import travel, Travellers, Trip
+from numpyro_rtk._diagnosis._start import check_calibration, check_segments, num_pilot_draws, num_start_draws
 from numpyro_rtk._moves._line_integral import AbstractEnergyDifference, Trapezoid
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
-from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
-from numpyro_rtk._noising._variance_preserving import OU
+from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, NoiseRange, resolve_segments
 from numpyro_rtk._numpyro._arguments import check_site, check_target_accept_prob, read_event
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
-from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel, SegmentTuning
+from numpyro_rtk._reverse._calibration import or_zero
 from numpyro_rtk._reverse._mala import MALA
 from numpyro_rtk._reverse._markov import Start
-from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
-from numpyro_rtk._reverse._pilot import measure_terminal
+from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass, rule_step_size
+from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._reverse._uld import ULD
 from numpyro_rtk._score._checks import (
@@ -32,15 +35,11 @@ from numpyro_rtk._score._checks import (
     check_score_fn,
     check_score_shape,
     first_call,
-    resolve_schedule,
+    schedule_or_assumed,
 )
 from numpyro_rtk._score._hoist import hoist, HoistedArrays
 from numpyro_rtk._score._model import ScoreModel
 from numpyro_rtk._tuning._passes import AdaptState, PassTuner
-
-
-TERMINAL_DRAWS = 128
-"""Draws a round that measure the terminal Gaussian."""
 
 
 class Shared(NamedTuple):
@@ -137,8 +136,7 @@ class RTKKernel(MCMCKernel):
         check_target_accept_prob(target_accept_prob)
         self._score_fn = score_fn
         self._event_shape = check_event_shape(event_shape)
-        schedule = resolve_schedule(score_fn, schedule)
-        self._schedule = OU() if schedule is None else schedule
+        self._schedule = schedule_or_assumed("RTKKernel", score_fn, schedule)
         self._times = resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
         self._inner = PreconditionedMALA() if inner is None else inner
         check_kernel("inner", self._inner, score_fn, self.num_segments)
@@ -244,12 +242,34 @@ class RTKKernel(MCMCKernel):
         def measure(arrays: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             model = self._hoist(x, t, args, kwargs)[1](arrays)
             grid = noise_grid(self._schedule, self._times, dtype)
-            terminal = measure_terminal(jr.key(0), model, grid, shape, TERMINAL_DRAWS)
-            return first_call(model, grid, shape), terminal
+            draw_key, pilot_key = jr.split(jr.key(0))
+            noise = NoiseRange(self._schedule, self._times[-1], self._times[0])
+            num_draws = num_start_draws(math.prod(shape))
+            draws, terminal = prior_draws(draw_key, model, noise, shape, dtype, num_draws)
+            pilot = run_pilot(pilot_key, model, grid, or_zero(draws[: num_pilot_draws(math.prod(shape))]))
+            return first_call(model, grid, shape), terminal, draws, pilot.curvature[1:], pilot.calibration
 
         name = f"measure {shape} {dtype}"
-        called, terminal = self._programs(name, measure, arrays.arrays, model_args, kwargs)
+        called, terminal, *pilot = self._programs(name, measure, arrays.arrays, model_args, kwargs)
+        draws, curvature, calibration = pilot
         check_first_call(called, grid)
+        num_failed = jnp.sum(~jnp.all(jnp.isfinite(draws.reshape(draws.shape[0], -1)), axis=1))
+        check_calibration(self._score_fn, self._schedule, grid, shape, calibration, num_failed=num_failed)
+
+        def fly(key: Any, draws: Array, index: Array) -> Travellers:
+            def trip(arrays: Any, curvature: Array, args: Any, kwargs: Any, *inputs: Any) -> Travellers:
+                key, draws, index = inputs
+                model = self._hoist(x, t, args, kwargs)[1](arrays)
+                grid = noise_grid(self._schedule, self._times, dtype)
+                mean = jnp.mean(curvature.reshape(self.num_segments, -1), axis=1)
+                step_size = rule_step_size(self._inner, grid, mean, math.prod(shape))
+                tuning = SegmentTuning(step_size, curvature)
+                return travel(key, Trip(model, grid, self._inner, tuning), draws, index)
+
+            inputs = (arrays.arrays, curvature, model_args, kwargs, key, draws, index)
+            return self._programs(f"trip {shape} {dtype}", trip, *inputs)
+
+        check_segments(self._score_fn, fly, grid, draws, self._inner, "RTKKernel")
         tuner = self._tuner(grid)
 
         def init_chain(rng_key: Any, value: Any) -> RTKState:

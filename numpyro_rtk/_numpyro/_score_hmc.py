@@ -16,6 +16,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import _transforms_from_trace
 from numpyro.util import is_prng_key
 
+from numpyro_rtk._diagnosis._start import check_calibration
 from numpyro_rtk._moves._accept import LINE_INTEGRAL_ACCEPT_PROB
 from numpyro_rtk._moves._leapfrog import Leaves
 from numpyro_rtk._numpyro._arguments import read_start, resolved_strategy
@@ -24,6 +25,7 @@ from numpyro_rtk._numpyro._score_hmc_chain import Chain, ScoreHMCState
 from numpyro_rtk._numpyro._score_hmc_mass import initial_mass
 from numpyro_rtk._numpyro._score_hmc_options import check_options, Options
 from numpyro_rtk._numpyro._score_hmc_problem import (
+    calibrations,
     constrained,
     draws_and_scales,
     first_calls,
@@ -216,7 +218,8 @@ class ScoreHMC(MCMCKernel):
 
         def first(arrays: Any, args: Any, kwargs: Any) -> Any:
             inner = resolve_joint_problem(self._model, args, kwargs)
-            return first_calls(inner, _scores(inner, arrays), dtype)
+            scores = _scores(inner, arrays)
+            return first_calls(inner, scores, dtype), calibrations(inner, scores, dtype)
 
         def begin(key: Any, given: Leaves, arrays: Any, mass: Any, args: Any, kwargs: Any) -> ScoreHMCState:
             options = self._options._replace(inverse_mass_matrix=mass)
@@ -236,9 +239,11 @@ class ScoreHMC(MCMCKernel):
             return jax.vmap(one)(key, given) if batched else one(key, given)
 
         arrays, mass = problem.scores.arrays, self._options.inverse_mass_matrix
-        called = self._program(f"first {dtype}", first, arrays, model_args, kwargs)
-        for site, one in zip(problem.sites, called, strict=True):
-            check_first_call(one, grid_of(site, dtype))
+        called, calibrated = self._program(f"first {dtype}", first, arrays, model_args, kwargs)
+        for site, one, calibration in zip(problem.sites, called, calibrated, strict=True):
+            prior, grid = site.prior, grid_of(site, dtype)
+            check_first_call(one, grid)
+            check_calibration(prior.score_fn, prior.schedule, grid, prior.event_shape, calibration, site.name)
         name = f"begin {batched} {num_warmup} {dtype}"
         state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
         _check_start(state, batched)

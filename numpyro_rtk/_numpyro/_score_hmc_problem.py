@@ -14,11 +14,13 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import constrain_fn, potential_energy
 
 from numpyro_rtk._custom_types import Event, Scalar
+from numpyro_rtk._diagnosis._start import num_pilot_draws
 from numpyro_rtk._moves._accept import all_finite
 from numpyro_rtk._moves._leapfrog import Leaves, PathPoint
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._numpyro._sites import DiffusionSite, latent_diffusion_sites, traced_sites, without_diffusion
-from numpyro_rtk._reverse._pilot import prior_draws
+from numpyro_rtk._reverse._calibration import Calibration, or_zero
+from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._score._checks import first_call
 from numpyro_rtk._score._hoist import hoist, HoistedArrays
 from numpyro_rtk._score._model import ScoreModel
@@ -143,6 +145,21 @@ def resolve_joint_problem(
 def grid_of(site: DiffusionSite, dtype: Any) -> NoiseGrid:
     """The noise grid of a site's prior."""
     return noise_grid(site.prior.schedule, site.prior.segment_times, dtype)
+
+
+def calibrations(problem: JointProblem, scores: Scores, dtype: Any) -> list[Calibration]:
+    """How the score of each site fits the noise of its own draws, with a fixed key.
+
+    `43 + levels` evaluations of 128 draws, or of 16 above 256 dimensions.
+    """
+    draw_key, pilot_key = jr.split(jr.key(0))
+    found = []
+    for site in problem.sites:
+        prior, model = site.prior, scores[site.name]
+        num_draws = num_pilot_draws(math.prod(prior.event_shape))
+        draws, _ = prior_draws(draw_key, model, prior.noise, prior.event_shape, dtype, num_draws)
+        found.append(run_pilot(pilot_key, model, grid_of(site, dtype), or_zero(draws)).calibration)
+    return found
 
 
 def first_calls(problem: JointProblem, scores: Scores, dtype: Any) -> list[tuple[Array, Array]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import weakref
 from typing import Any
 
 import equinox as eqx
@@ -18,11 +17,11 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._custom_types import Event, RandomKey
+from numpyro_rtk._diagnosis._start import check_calibration, check_nodes
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, NoiseRange, resolve_segments
-from numpyro_rtk._noising._variance_preserving import OU
 from numpyro_rtk._prior._density import (
     AbstractLogDensity,
     EnergyDensity,
@@ -31,9 +30,9 @@ from numpyro_rtk._prior._density import (
 )
 from numpyro_rtk._prior._derivative import log_density_with_score
 from numpyro_rtk._prior._latents import running_latents
+from numpyro_rtk._prior._learnt import Kept, learn, LEARNT, Learnt
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
 from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
-from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._checks import (
     check_event_shape,
@@ -41,28 +40,9 @@ from numpyro_rtk._score._checks import (
     check_score_fn,
     check_score_shape,
     first_call,
-    resolve_schedule,
+    schedule_or_assumed,
 )
 from numpyro_rtk._score._model import has_energy, resolve_score
-
-
-PILOT_DRAWS = 16
-"""Prior draws from which `sample` learns the curvatures of the segments."""
-
-
-class _Learnt:
-    """What the pilot learnt of a score, kept alive by the score callable."""
-
-    def __init__(self, score_fn: Any, curvature: Array, profile: Array, terminal: Terminal) -> None:
-        self.curvature, self.profile, self.terminal = curvature, profile, terminal
-        weakref.finalize(score_fn, _nothing, self)
-
-
-_LEARNT: weakref.WeakValueDictionary[Any, _Learnt] = weakref.WeakValueDictionary()
-
-
-def _nothing(*args: Any) -> None:
-    del args
 
 
 def _default_density(score_fn: Any, event_shape: Any) -> AbstractLogDensity:
@@ -143,8 +123,7 @@ class DiffusionPrior(dist.Distribution):
         shape = check_event_shape(event_shape)
         if shape is None:
             raise TypeError("`event_shape` must be the shape of one event, such as `(10,)`, got None.")
-        schedule = resolve_schedule(score_fn, schedule)
-        schedule = OU() if schedule is None else schedule
+        schedule = schedule_or_assumed("DiffusionPrior", score_fn, schedule)
         times = resolve_segments(schedule, segments, DEFAULT_SEGMENTS)
         reverse = PreconditionedMALA() if reverse is None else reverse
         check_kernel("reverse", reverse, score_fn, times.size - 1)
@@ -296,6 +275,7 @@ class DiffusionPrior(dist.Distribution):
         if x.dtype != jnp.result_type(float):
             event = jax.ShapeDtypeStruct(self.event_shape, x.dtype)
             check_score_shape(self.score_fn, event, jax.ShapeDtypeStruct((), x.dtype), (), {}, in_model=True)
+        self._check_density(x.dtype)
         noise = self.noise
 
         def log_density(x: Event) -> Array:
@@ -308,57 +288,51 @@ class DiffusionPrior(dist.Distribution):
 
     def _tuning(self, grid: NoiseGrid) -> tuple[Tuning, Terminal]:
         """What `RTKKernel` learns in warmup, from a pilot with a fixed key, and the terminal Gaussian."""
-        curvature, profile, terminal = self._learnt(grid)
-        step_size = rule_step_size(self.reverse, grid, curvature, math.prod(self.event_shape))
-        return Tuning(step_size, curvature, profile), terminal
+        learnt = self._learnt(grid)
+        step_size = rule_step_size(self.reverse, grid, learnt.curvature, math.prod(self.event_shape))
+        return Tuning(step_size, learnt.curvature, learnt.profile), learnt.terminal
 
-    def _learnt(self, grid: NoiseGrid) -> tuple[Array, Array, Terminal]:
+    def _check_density(self, dtype: Any) -> None:
+        """Warn, once for a score object, of nodes that do not resolve the score between prior draws."""
+        density = self.density
+        if not isinstance(density, LineIntegral) or isinstance(density.reference, Tracer):
+            return
+        learnt = self._learnt(noise_grid(self.schedule, self.segment_times, dtype))
+        kept = LEARNT.get(self._key(dtype))
+        if kept is None or density.num_nodes in kept.nodes:
+            return
+        kept.nodes.add(density.num_nodes)
+        with jax.ensure_compile_time_eval():
+            check_nodes(self.score_fn, density.reference, density.num_nodes, learnt.draws, self._times[-1])
+
+    def _key(self, dtype: Any) -> Any:
+        return id(self.score_fn), str(self.schedule), self._times, self.event_shape, str(jnp.dtype(dtype))
+
+    def _learnt(self, grid: NoiseGrid) -> Learnt:
         # NumPyro traces a model, and builds its distributions anew, many times. The same score object has the
         # same curvature; should what it refers to have changed since, the tuning is less apt and the law the
         # same.
         dtype = grid.t.dtype
-        key = (id(self.score_fn), str(self.schedule), self._times, self.event_shape, str(dtype))
-        known = _LEARNT.get(key)
+        known = LEARNT.get(self._key(dtype))
         if known is not None:
-            return known.curvature, known.profile, known.terminal
+            return known.learnt
         x, t = jnp.zeros(self.event_shape, dtype), jnp.zeros((), dtype)
         consts = jax.make_jaxpr(self.score_fn)(x, t).consts
         if any(isinstance(const, Tracer) for const in consts):
-            return self._pilot(grid)
+            return learn(resolve_score(self.score_fn), self.noise, grid, self.event_shape)[0]
         with jax.ensure_compile_time_eval():
             # Inside, so that nothing here belongs to a trace that is under way.
             grid = noise_grid(self.schedule, self.segment_times, dtype)
-            called, (curvature, profile, terminal) = jax.jit(self._first)(grid)
+            called, learnt, calibration = jax.jit(self._first)(grid)
             check_first_call(called, grid)
-        if not isinstance(curvature, Tracer):
+            check_calibration(self.score_fn, self.schedule, grid, self.event_shape, calibration)
+        if not isinstance(learnt.curvature, Tracer):
             # A callable that cannot be referred to weakly is learnt from at each call.
             with contextlib.suppress(TypeError):
-                _LEARNT[key] = _Learnt(self.score_fn, curvature, profile, terminal)
-        return curvature, profile, terminal
+                LEARNT[self._key(dtype)] = Kept(self.score_fn, learnt)
+        return learnt
 
     def _first(self, grid: NoiseGrid) -> Any:
-        return first_call(resolve_score(self.score_fn), grid, self.event_shape), self._pilot(grid)
-
-    def _pilot(self, grid: NoiseGrid) -> tuple[Array, Array, Terminal]:
-        """Curvature of each segment, its profile over coordinates, and the terminal Gaussian, from draws of
-        the second-order predictor.
-        """
-        draw_key, noise_key = jr.split(jr.key(0))
         model = resolve_score(self.score_fn)
-        draws, terminal = prior_draws(
-            draw_key, model, self.noise, self.event_shape, grid.t.dtype, PILOT_DRAWS
-        )
-        # One failed pass of the pilot must not spoil every draw.
-        finite = jnp.all(jnp.isfinite(draws.reshape(PILOT_DRAWS, -1)), axis=1)
-        good = draws[jnp.argmax(finite)]
-        draws = jnp.where(finite.reshape(-1, *[1] * good.ndim), draws, good[None])
-        curvature = run_pilot(noise_key, model, grid, draws).curvature[1:]
-        # Where the network failed nothing is known but the bound.
-        sigma_s = grid.sigma[1:]
-        bound = (1 / sigma_s**2).reshape(-1, *[1] * good.ndim)
-        curvature = jnp.where(jnp.isfinite(curvature), curvature, bound)
-        mean = jnp.mean(curvature, axis=tuple(range(1, curvature.ndim)))
-        # Segments whose curvature is below its bound tell coordinates apart, as in the warmup of `RTKKernel`.
-        weights = 1 - mean * sigma_s**2 + 1e-2
-        profile = jnp.tensordot(weights / jnp.sum(weights) * sigma_s**2, curvature, axes=1)
-        return mean, profile, terminal
+        called = first_call(model, grid, self.event_shape)
+        return called, *learn(model, self.noise, grid, self.event_shape)

@@ -15,6 +15,17 @@ from jaxtyping import Array
 from numpyro_rtk._custom_types import Scalar
 
 
+HUGE = 1e12
+"""Draws larger than this have exploded; their squares are still finite."""
+
+
+def or_zero(draws: Array) -> Array:
+    """Draws, with 0 for what exploded: noised, they still tell the sign of a score at the top, where all is
+    noise.
+    """
+    return jnp.where(jnp.abs(draws) < HUGE, draws, 0.0)
+
+
 class Calibration(NamedTuple):
     """One number for each draw, shape `(draws,)`, or `(levels, draws)`; all are means over coordinates."""
 

@@ -1,7 +1,6 @@
 """Checks of a score callable; none needs the value of a traced array."""
 
-import math
-import warnings
+import logging
 from typing import Any
 
 import equinox as eqx
@@ -15,8 +14,9 @@ from jaxtyping import Array
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._noising._terminal import standard_terminal
+from numpyro_rtk._noising._variance_preserving import OU
 from numpyro_rtk._score._model import ScoreModel
-from numpyro_rtk._user import user_stack_level
+from numpyro_rtk._user import user_line
 
 
 def check_score_fn(score_fn: Any) -> None:
@@ -65,6 +65,35 @@ def resolve_schedule(score_fn: Any, schedule: Any) -> AbstractNoiseSchedule | No
             "would follow the wrong law. Leave `schedule` out to use the score's own."
         )
     return schedule
+
+
+ASSUMED_SCHEDULE = OU()
+"""The schedule where nobody names one, known by its identity."""
+_ASSUMED_AT: set[tuple[str, str, int]] = set()
+
+
+def is_assumed(schedule: AbstractNoiseSchedule) -> bool:
+    """Whether nobody named this schedule."""
+    return schedule is ASSUMED_SCHEDULE
+
+
+def schedule_or_assumed(owner: str, score_fn: Any, schedule: Any) -> AbstractNoiseSchedule:
+    """As `resolve_schedule`, and `OU()` where there is none, which is said in the log, once a line of code.
+
+    A line of the log and no warning: it is no fault, and a model is traced many times.
+    """
+    resolved = resolve_schedule(score_fn, schedule)
+    if resolved is not None:
+        return resolved
+    where = (owner, *user_line())
+    if where not in _ASSUMED_AT:
+        _ASSUMED_AT.add(where)
+        logging.getLogger("numpyro_rtk").warning(
+            "`%s` assumes the noising process `%s`, as neither `score_fn` nor `schedule=` names one. Hardly "
+            "any network was trained under it: write `schedule=` with the process of yours (%s:%d).",
+            *(owner, ASSUMED_SCHEDULE, *where[1:]),
+        )
+    return ASSUMED_SCHEDULE
 
 
 def _same_process(one: AbstractNoiseSchedule, other: AbstractNoiseSchedule) -> bool:
@@ -122,10 +151,6 @@ def check_score_shape(
         )
 
 
-CONVENTION_TOLERANCE = 0.3
-"""How far `-<x, score> / |x|^2` at the top of the grid may be from its value under noise, relatively."""
-
-
 def first_call(model: ScoreModel, grid: NoiseGrid, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """Points at both ends of the grid and the scores there, for `check_first_call`: two evaluations."""
     top = standard_terminal(grid, shape)
@@ -136,38 +161,21 @@ def first_call(model: ScoreModel, grid: NoiseGrid, shape: tuple[int, ...]) -> tu
 
 
 def check_first_call(called: tuple[Array, Array], grid: NoiseGrid) -> None:
-    """Refuse NaN of the score at either end of the grid, warn where it cannot be a score.
+    """Refuse NaN or infinity of the score at either end of the grid.
 
-    At the top of the grid the law is nearly `N(0, variance I)`, whose score is
-    `-x / variance`: a score of the other sign or scale (a noise prediction passed as it is, another
-    schedule) shows there. Under `jit`, or `vmap` over arguments of the score, there is no value to look at.
+    Under `jit`, or `vmap` over arguments of the score, there is no value to look at.
 
     Args:
         called: From `first_call`.
         grid: The same as there.
     """
-    ends, scores = called
+    _, scores = called
     if isinstance(scores, Tracer):
         return
-    times, noise = (grid.t[0], grid.t[-1]), ends[0]
-    top = standard_terminal(grid, noise.shape)
-    scores = np.asarray(scores)
-    for score, t in zip(scores, times, strict=True):
+    for score, t in zip(np.asarray(scores), (grid.t[0], grid.t[-1]), strict=True):
         if not np.all(np.isfinite(score)):
             bad = int(np.sum(~np.isfinite(score)))
             raise ValueError(
                 f"`score_fn` returned NaN or infinity at its first call, t={t:g} ({bad} of {score.size} "
                 "values). Check that the network was trained down to t_min and up to t_max of the schedule."
             )
-    expected = np.asarray(top.score(noise))
-    ratio = float(np.sum(expected * scores[0]) / np.sum(expected**2))
-    if not math.isclose(ratio, 1.0, abs_tol=CONVENTION_TOLERANCE):
-        warnings.warn(
-            "`score_fn` does not look like the score of noised, standardised data: at "
-            f"t={float(times[0]):g} it is {-ratio:.3g} x / variance, where -1 is expected. Check its "
-            "convention (a network that predicts noise, data or velocity needs `NoisePrediction`, "
-            "`DataPrediction`, `VelocityPrediction` or `FlowVelocity`), the schedule, and that the grid "
-            "starts where hardly any signal is left.",
-            UserWarning,
-            stacklevel=user_stack_level(),
-        )

@@ -56,10 +56,15 @@ def trip_of(mixture, inner, num_segments):
     return trip, times, noised(jr.key(1), grid.t[-1], num_round_trip_draws(dim))
 
 
+def checked(trip, times, draws):
+    fly = jax.jit(lambda key, draws, index: travel(key, trip, draws, index))
+    return check_round_trip(jr.key(2), fly, times, draws, trip.inner, "RTKKernel")
+
+
 @pytest.mark.parametrize("schedule", [rtk.OU(), rtk.EDM()])
 def test_enough_segments_are_not_spoken_of(schedule):
     trip, times, draws = trip_of(two_modes(schedule), rtk.PreconditionedMALA(), 32)
-    assert check_round_trip(jr.key(2), trip, times, draws, "RTKKernel") == []
+    assert checked(trip, times, draws) == []
 
 
 @pytest.mark.parametrize(
@@ -72,7 +77,7 @@ def test_enough_segments_are_not_spoken_of(schedule):
 )
 def test_segments_that_are_too_long_are_named(inner, num_segments):
     trip, times, draws = trip_of(two_modes(rtk.OU()), inner, num_segments)
-    (finding,) = check_round_trip(jr.key(2), trip, times, draws, "RTKKernel")
+    (finding,) = checked(trip, times, draws)
     k = finding.index
     assert finding.kind == "round_trip"
     assert (
@@ -91,7 +96,7 @@ def test_a_broken_reverse_kernel_is_named_also_where_segments_are_short():
     def broken(x, t):
         return jnp.where(t < 0.9 * middle, 0.5, 1.0) * mixture(x, t)
 
-    (finding,) = check_round_trip(jr.key(2), trip._replace(score_fn=broken), times, draws, "RTKKernel")
+    (finding,) = checked(trip._replace(score_fn=broken), times, draws)
     assert finding.index >= 10
 
 

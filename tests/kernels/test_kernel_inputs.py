@@ -1,6 +1,5 @@
 """Bad inputs are refused before anything is compiled, by a message that names the argument."""
 
-import re
 import warnings
 
 import equinox as eqx
@@ -223,7 +222,9 @@ class Batched(eqx.Module):
 
 
 def test_batched_network():
-    network = Batched(eqx.nn.Linear(3, 2, key=jr.key(0)))
+    # It predicts noise: the point itself.
+    linear = eqx.tree_at(lambda n: n.weight, eqx.nn.Linear(3, 2, False, key=jr.key(0)), jnp.eye(2, 3))
+    network = Batched(linear)
     schedule = rtk.OU()
     message = r"(?s)`score_fn` failed on one event.*`BatchedNetwork\(network\)`"
     for bad in (network, rtk.NoisePrediction(network, schedule)):
@@ -231,7 +232,7 @@ def test_batched_network():
             run(rtk.RTKKernel(bad, event_shape=(2,)))
     wrapped = rtk.NoisePrediction(rtk.BatchedNetwork(network), schedule)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its weights are random
+        warnings.simplefilter("ignore")  # but for its scale
         state = rtk.RTKKernel(wrapped, event_shape=(2,)).init(jr.key(0), 1, None, (), {})
     assert state.z["x"].shape == (2,)
 
@@ -448,9 +449,8 @@ def test_convention(name):
     def flipped(x, t):
         return -right(x, t)
 
-    message = r"`score_fn` does not look like the score of noised, standardised data.*`NoisePrediction`"
     for wrong in (noise, flipped):
-        with pytest.warns(UserWarning, match=message):
+        with pytest.raises(ValueError, match=r"`score_fn` has the wrong sign.*`NoisePrediction"):
             rtk.RTKKernel(wrong, event_shape=(10,), schedule=schedule, segments=3).init(
                 jr.key(0), 1, None, (), {}
             )
@@ -467,9 +467,11 @@ def _time(t):
     return jnp.asarray(t, float)
 
 
-def test_convention_warning_reports_the_factor():
-    with pytest.warns(UserWarning, match=re.escape("at t=5 it is 1 x / variance, where -1 is expected")):
-        rtk.RTKKernel(lambda x, t: x, event_shape=(3,)).init(jr.key(0), 1, None, (), {})
+def test_a_score_of_the_wrong_scale_is_warned_of_with_the_factor():
+    with pytest.warns(
+        UserWarning, match=r"level \d+ of 32 .* is 1.43 times the noise that the score"
+    ):
+        rtk.RTKKernel(lambda x, t: -0.7 * x, event_shape=(30,)).init(jr.key(0), 1, None, (), {})
 
 
 # No check needs a traced value

@@ -16,8 +16,9 @@ import pytest
 from numpyro.infer import MCMC
 
 import numpyro_rtk as rtk
+from numpyro_rtk._diagnosis._start import num_pilot_draws
 from numpyro_rtk._numpyro import _rtk_kernel
-from numpyro_rtk._reverse._pilot import TERMINAL_ROUNDS
+from numpyro_rtk._reverse._pilot import PILOT_SEGMENTS, TERMINAL_ROUNDS
 
 
 Z_MAX = 5.5
@@ -292,6 +293,7 @@ def test_model_arguments_reach_the_score():
     np.testing.assert_allclose(draws(mcmc), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`score_fn` is not the score")  # the weights are random
 @pytest.mark.parametrize("chain_method", ["vectorized", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_jit_model_args_with_a_network(chain_method, count_traces):
     networks = [eqx.nn.MLP(2, 2, 4, 1, key=jr.key(i)) for i in range(2)]
@@ -607,8 +609,8 @@ def test_evaluations_are_counted_right(inner, evaluations_per_segment):
     per_pass = 3 * evaluations_per_segment
     np.testing.assert_array_equal(field(mcmc, "num_score_evals"), np.full((1, 6), per_pass))
     assert kernel.num_score_evals == per_pass
-    # `init` checks the score at both ends of the grid, and measures the terminal Gaussian.
-    start = 2 + TERMINAL_ROUNDS * _rtk_kernel.TERMINAL_DRAWS
+    # `init` calls the score at both ends of the grid, draws from the prior and noises the draws.
+    start = 2 + num_pilot_draws(2) * (TERMINAL_ROUNDS + PILOT_SEGMENTS + kernel.num_segments + 1)
     assert counter.count == (4 + 6) * per_pass + start
 
 

@@ -564,6 +564,6 @@ def test_bad_input(make, error, match):
         make()
 
 
-def test_a_score_that_does_not_look_like_one_is_warned_about():
-    with pytest.warns(UserWarning, match="does not look like the score"):
+def test_a_score_of_the_wrong_sign_is_an_error():
+    with pytest.raises(ValueError, match="wrong sign"):
         rtk.DiffusionPrior(lambda x, t: x, (2,), segments=4).sample(jr.key(0))
