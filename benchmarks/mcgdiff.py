@@ -117,7 +117,7 @@ def make_sampler(dim, num_draws, num_chains, num_warmup, thinning, num_start_ste
         # The default is for networks on images; this score is exact at midpoints, too, and its modes are what
         # matters.
         inner = rtk.PreconditionedMALA(num_steps=1, energy_difference=rtk.Simpson(), max_step_size=4.0)
-        options = {"guidance": "mean", "inner": inner} | options
+        options = {"guidance": "mean", "reverse": inner} | options
     # Chains walk through the levels together: a full sweep takes no longer than a partial one of most of
     # them.
     kernel = rtk.RTKParticleGibbs(
@@ -129,7 +129,7 @@ def make_sampler(dim, num_draws, num_chains, num_warmup, thinning, num_start_ste
 
         def sweep(state, _):
             state = kernel.sample(state, args, {})
-            return state, (state.num_score_evals, state.effective_sample_size, state.changed)
+            return state, (state.num_score_evals, state.particle_ess, state.changed)
 
         def body(state, _):
             state, (evaluations, ess, changed) = jax.lax.scan(sweep, state, None, length=thinning)

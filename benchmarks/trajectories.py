@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from numpyro_rtk._moves._leapfrog import leapfrog, Point, unit_velocity
+from numpyro_rtk._moves._leapfrog import leapfrog, PathPoint, unit_velocity
 
 
 DIM, NUM_TRAJECTORIES, LENGTH = 10, 20, 1.5
@@ -47,7 +47,7 @@ def run(key, x, *, potential, order, accept, step_size, num_steps):
 
     def evaluate(position):
         x = position["x"]
-        return Point(position, {"x": score(x)}, jnp.zeros(()), {"x": jnp.zeros_like(x)})
+        return PathPoint(position, {"x": score(x)}, jnp.zeros(()), {"x": jnp.zeros_like(x)})
 
     def iteration(x, key):
         momentum_key, accept_key = jr.split(key)
