@@ -60,6 +60,11 @@ MAX_ENERGY_RANGE = 1000.0
 """Spread of the energy error along one trajectory beyond which it counts as diverging, as in NumPyro and
 Stan.
 """
+MIN_STEPS = 2
+"""Fewest steps of a trajectory whose line integral can be trusted. One step has nothing but its chord, so
+that an error of second order goes unseen; a sampler that takes only such steps accepts nearly all of them,
+and its step size runs away."""
+
 MAX_CORRECTION = 2.0
 """Size of the corrections of the line integral along one trajectory beyond which its energy error is
 unknown.

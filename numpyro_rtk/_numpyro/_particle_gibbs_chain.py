@@ -100,7 +100,7 @@ class Chain(NamedTuple):
         options, problem = self.options, self.problem
         posterior = self.posterior(initial_log_beta(self._pilots), jnp.zeros((), problem.dtype))
         count = full_sweep_evaluations(posterior, options.num_particles, options.num_guided_steps)
-        count += 1 + (0 if options.local is None else options.local.num_evaluations)
+        count += 1 + (0 if options.local is None else options.local.num_evaluations(posterior))
         return Chosen(problem.kernel, problem.num_levels, problem.jacobian, count * problem.num_events)
 
     @property

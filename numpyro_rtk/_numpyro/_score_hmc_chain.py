@@ -13,7 +13,7 @@ from numpyro.infer.hmc_util import HMCAdaptState, IntegratorState
 
 from numpyro_rtk._custom_types import Scalar
 from numpyro_rtk._moves._accept import metropolis, select
-from numpyro_rtk._moves._leapfrog import Evaluate, leapfrog, Leaves, PathPoint
+from numpyro_rtk._moves._leapfrog import Evaluate, leapfrog, Leaves, MIN_STEPS, PathPoint
 from numpyro_rtk._numpyro._score_hmc_mass import mass_velocity
 from numpyro_rtk._numpyro._score_hmc_options import Options
 from numpyro_rtk._numpyro._states import lists_fields
@@ -126,10 +126,10 @@ class Chain(NamedTuple):
         options, adapt_state, num_warmup = self.options, state.adapt_state, state.num_warmup.value
         momentum = momentum_generator(state.z, adapt_state.mass_matrix_sqrt, momentum_key)
         length = options.trajectory_length * jr.uniform(length_key, (), state.energy.dtype, 0.5, 1.5)
-        wanted = jnp.ceil(length / adapt_state.step_size)
+        wanted = jnp.maximum(jnp.ceil(length / adapt_state.step_size), MIN_STEPS)
         # All steps of a trajectory have the same size, at most the adapted one.
-        num_steps = jnp.clip(wanted, 1, options.max_num_steps).astype(int)
-        step_size = length / jnp.maximum(wanted, 1)
+        num_steps = jnp.minimum(wanted, options.max_num_steps).astype(int)
+        step_size = length / wanted
         velocity = functools.partial(mass_velocity, adapt_state.inverse_mass_matrix)
         end = leapfrog(self.evaluate, velocity, state.point, momentum, step_size, num_steps)
         impossible = end.point.extra & ~(end.point.potential < jnp.inf)

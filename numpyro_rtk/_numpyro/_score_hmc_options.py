@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer.hmc_util import warmup_adapter
 
+from numpyro_rtk._moves._leapfrog import MIN_STEPS
 from numpyro_rtk._numpyro._arguments import check_count, check_target_accept_prob
 
 
@@ -54,7 +55,7 @@ def check_options(options: Options) -> Options:
         raise TypeError(
             f"`dense_mass` must be True, False or a list of tuples of site names, got {dense_mass!r}."
         )
-    check_count("max_num_steps", options.max_num_steps, 1, "leapfrog steps of a trajectory")
+    check_count("max_num_steps", options.max_num_steps, MIN_STEPS, "leapfrog steps of a trajectory")
     if not callable(options.init_strategy):
         raise TypeError(
             "`init_strategy` must be a strategy of NumPyro such as `init_to_sample` or "

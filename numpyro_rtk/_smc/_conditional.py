@@ -144,7 +144,7 @@ def conditional_sweep(
 
     def guided(key: RandomKey, level: Count, point: Point, mass: Preconditioner) -> tuple[Point, MoveInfo]:
         step_size = tuning.guided_step_size[level]
-        return mala_steps(key, posterior, level, point, mass, step_size, num_guided_steps, guided=True)
+        return mala_steps(key, posterior, level, point, mass, step_size, num_guided_steps)
 
     def climb(carry: _Climb) -> _Climb:
         level = carry.level - 1
@@ -279,6 +279,6 @@ def full_sweep_evaluations(posterior: Posterior, num_particles: int, num_guided_
 
 
 def _evaluations_per_level(posterior: Posterior, num_particles: int, num_guided_steps: int) -> int:
-    guided = num_guided_steps * posterior.evaluations_per_guided_step
+    guided = num_guided_steps * posterior.evaluations_per_mala_step
     per_particle = guided + evaluations_per_reverse(posterior) + posterior.evaluations_to_prepare
     return guided + 1 + (num_particles - 1) * per_particle

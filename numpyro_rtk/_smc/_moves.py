@@ -129,21 +129,18 @@ def mala(
     point: Point,
     mass: Preconditioner,
     step_size: Scalar,
-    *,
-    guided: bool = False,
 ) -> tuple[Point, MoveInfo]:
-    """One MALA step on `pi_t`: reversible for it, up to the error of the trapezoid rule, or of Simpson's in a
-    `guided` move.
+    """One MALA step on `pi_t`: reversible for it, up to the error of Simpson's rule, or of the trapezoid rule
+    where the posterior takes no midpoints.
 
-    One evaluation; `evaluations_per_guided_step` in a guided move.
+    `evaluations_per_mala_step` evaluations.
     """
     move_key, accept_key = jr.split(key)
     force = mass.transpose(point.score + point.twist_score)
     move = langevin_move(move_key, force, step_size)
     proposal = posterior.evaluate(level, point.x + mass.apply(move))
     new_force = mass.transpose(proposal.score + proposal.twist_score)
-    midpoint = guided and posterior.uses_midpoints
-    if midpoint:
+    if posterior.uses_midpoints:
         prior_difference = posterior.log_prior_difference_at_midpoint(level, point, proposal)
     else:
         prior_difference = posterior.log_prior_difference(point, proposal)
@@ -152,7 +149,7 @@ def mala(
     accept, accept_prob, diverging = metropolis(
         accept_key, log_ratio, _network_finite(proposal), possible=_possible(point, proposal)
     )
-    count = jnp.asarray(2 if midpoint else 1)
+    count = jnp.asarray(posterior.evaluations_per_mala_step)
     return select(accept, proposal, point), MoveInfo(accept_prob, diverging, jnp.zeros((), bool), count)
 
 
@@ -173,15 +170,13 @@ def mala_steps(
     mass: Preconditioner,
     step_size: Scalar,
     num_steps: int,
-    *,
-    guided: bool = False,
 ) -> tuple[Point, MoveInfo]:
     """`num_steps` MALA steps; reversible as one move."""
     if num_steps == 0:
         return point, no_move(posterior)
 
     def body(point: Point, key: RandomKey) -> tuple[Point, MoveInfo]:
-        return mala(key, posterior, level, point, mass, step_size, guided=guided)
+        return mala(key, posterior, level, point, mass, step_size)
 
     return _together(jax.lax.scan(body, point, jr.split(key, num_steps)))
 

@@ -185,7 +185,7 @@ class Posterior:
 
     @property
     def uses_midpoints(self) -> bool:
-        """Whether guided moves take Simpson's rule: in few dimensions, where levels have several modes and no
+        """Whether MALA moves take Simpson's rule: in few dimensions, where levels have several modes and no
         energy is known.
 
         The error of the trapezoid rule is of the third order in a move, and moves at every level add up; a
@@ -194,8 +194,8 @@ class Posterior:
         return not self.has_energy and not self.jacobian
 
     @property
-    def evaluations_per_guided_step(self) -> int:
-        """Score evaluations of a guided MALA step."""
+    def evaluations_per_mala_step(self) -> int:
+        """Score evaluations of a MALA step."""
         return 2 if self.uses_midpoints else 1
 
 

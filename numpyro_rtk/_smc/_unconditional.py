@@ -91,7 +91,7 @@ def unconditional_sweep(
 
         def move(carry: tuple[Point, Scalar], inputs: tuple[RandomKey, Scalar]) -> Any:
             (points, log_step), (key, i) = carry, inputs
-            one = jax.vmap(lambda k, p: mala(k, now, level, p, mass, jnp.exp(log_step), guided=True))
+            one = jax.vmap(lambda k, p: mala(k, now, level, p, mass, jnp.exp(log_step)))
             points, info = one(jr.split(key, num_particles), points)
             change = 1.5 / jnp.sqrt(i + 1.0) * (jnp.mean(info.accept_prob) - target_accept_prob)
             return (points, jnp.where(adapt, jnp.minimum(log_step + change, log_max_step), log_step)), None
@@ -129,7 +129,7 @@ def unconditional_sweep(
 
 def unconditional_evaluations(posterior: Posterior, num_particles: int, num_guided_steps: int) -> int:
     """Score evaluations of an unconditional sweep, each counted for one event of every site."""
-    per_level = num_guided_steps * posterior.evaluations_per_guided_step
+    per_level = num_guided_steps * posterior.evaluations_per_mala_step
     per_level += evaluations_per_reverse(posterior) + posterior.evaluations_to_prepare
     return num_particles * (1 + posterior.last * per_level)
 

@@ -281,7 +281,9 @@ def test_num_score_evals_are_those_of_the_network(local, energy):
         # are any. Two guided steps a level: two evaluations each where Simpson's rule needs a midpoint.
         inner, guided, last = 2 + energy, 2 if energy else 4, min(depth, segments)
         expected = 1 + last * (guided + 1 + 2 * (guided + inner)) + (2 if depth > segments else 0)
-        expected += 0 if local is None else local.num_evaluations
+        # Three MALA steps take as many midpoints; HMC takes none.
+        midpoints = 3 if isinstance(local, rtk.LocalMALA) and not energy else 0
+        expected += 0 if local is None else {rtk.LocalMALA: 3, rtk.LocalHMC: 8}[type(local)] + midpoints
         assert int(state.num_score_evals) == 2 * expected
         if energy:
             continue  # the inner kernel's own calls are not counted here

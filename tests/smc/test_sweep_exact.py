@@ -267,8 +267,7 @@ class Scripted:
         self.log.append(("noise", int(level), jr.key_data(key).tolist()))
         return 1.1 * x + 0.1 * level
 
-    def mala_steps(self, key, posterior, level, point, mass, step_size, num_steps, *, guided=False):
-        assert guided
+    def mala_steps(self, key, posterior, level, point, mass, step_size, num_steps):
         if not isinstance(key, jax.core.Tracer):  # the pinned path
             self.log.append(("move", int(level), jr.key_data(key).tolist()))
         no = jnp.zeros((), bool)
@@ -477,7 +476,7 @@ def test_guided_moves_without_an_energy_take_simpsons_rule():
     move.
     """
     posterior = make_posterior(without_energy(law()), GAUSSIAN, ExactReverse(DATA, SCHEDULE))
-    assert (posterior.uses_midpoints, posterior.evaluations_per_guided_step) == (True, 2)
+    assert (posterior.uses_midpoints, posterior.evaluations_per_mala_step) == (True, 2)
     assert not make_posterior(law(), GAUSSIAN, ExactReverse(DATA, SCHEDULE)).uses_midpoints
     assert not make_posterior(
         without_energy(law()), GAUSSIAN, ExactReverse(DATA, SCHEDULE), cls=ThroughDenoiser
@@ -520,7 +519,7 @@ class Move:
 
 def guided(posterior, key, point, mass, level):
     step_size = jnp.asarray(0.7)
-    return _moves.mala_steps(key, posterior, jnp.asarray(level), point, mass, step_size, 3, guided=True)
+    return _moves.mala_steps(key, posterior, jnp.asarray(level), point, mass, step_size, 3)
 
 
 def local(kernel, step_size):
