@@ -36,6 +36,7 @@ from numpyro_rtk._numpyro._score_hmc_problem import (
 )
 from numpyro_rtk._numpyro._sites import inspect_model, refuse_discrete
 from numpyro_rtk._numpyro._start import Starter
+from numpyro_rtk._numpyro._start_checks import check_start
 from numpyro_rtk._score._checks import check_first_call
 from numpyro_rtk._score._hoist import HoistedArrays
 
@@ -246,7 +247,7 @@ class ScoreHMC(MCMCKernel):
             check_calibration(prior.score_fn, prior.schedule, grid, prior.event_shape, calibration, site.name)
         name = f"begin {batched} {num_warmup} {dtype}"
         state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
-        _check_start(state, batched)
+        _check_start(state)
         return state._replace(score_arrays=problem.scores)
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -337,28 +338,15 @@ def _over_chains(function: Callable[..., ScoreHMCState], state: ScoreHMCState, *
     return new._replace(score_arrays=state.score_arrays)
 
 
-def _check_start(state: ScoreHMCState, batched: bool) -> None:
+def _check_start(state: ScoreHMCState) -> None:
     """Raise where the start of a chain is impossible or not finite."""
-    parts = {
-        "the log likelihood": -state.potential,
-        "its gradient": state.gradient,
-        "the score": state.score,
-        "a latent": state.z,
-    }
+    check_start("ScoreHMC", -state.potential)
+    parts = {"a latent": state.z, "the score": state.score, "the gradient": state.gradient}
     for what, values in parts.items():
-        for leaf in jax.tree.leaves(values):
-            if isinstance(leaf, Tracer):
-                return
-            finite = np.isfinite(np.asarray(leaf))
-            finite = finite.reshape(len(finite), -1).all(1) if batched else finite.reshape(1, -1).all(1)
-            if np.all(finite):
+        for name, leaf in values.items():
+            if isinstance(leaf, Tracer) or np.all(np.isfinite(np.asarray(leaf))):
                 continue
-            chains = [int(i) for i in np.flatnonzero(~finite)]
-            got = f" ({float(np.ravel(leaf)[chains[0]])})" if what == "the log likelihood" else ""
             raise ValueError(
-                f"`ScoreHMC` cannot start: {what} is not finite{got} at the start"
-                + (f" of chains {chains}" if batched else "")
-                + ". Check that the likelihood is finite for draws of the prior (supports of observed sites, "
-                "rates and scales that may be negative), or give a start, "
-                "`MCMC.run(..., init_params={site: value})`."
+                f"`ScoreHMC` cannot start: {what} ({name!r}) is not finite there. Give a start, "
+                "`MCMC.run(..., init_params={site: value})`, at which the network and the likelihood are."
             )

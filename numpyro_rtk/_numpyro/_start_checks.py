@@ -66,5 +66,5 @@ def check_start(owner: str, log_likelihood: Array) -> None:
         chains = f" of chain{'s' * (bad.size > 1)} {', '.join(map(str, bad))}" if values.size > 1 else ""
         raise ValueError(
             f"`{owner}` cannot start: the log likelihood is {values[bad[0]]} at the start{chains}. Give a "
-            "start inside the support, `MCMC.run(..., init_params={site: value})`, or more particles."
+            "start inside the support, `MCMC.run(..., init_params={site: value})`."
         )
