@@ -1,6 +1,7 @@
 """Where the user's own line is, so that what is said points to it."""
 
 import sys
+from typing import Any
 
 
 _LIBRARIES = ("numpyro", "numpyro_rtk", "jax", "equinox", "contextlib", "functools")
@@ -25,3 +26,8 @@ def arviz_asks() -> bool:
     observations, and would draw from every prior for that.
     """
     return sys._getframe(2).f_globals.get("__name__", "").split(".")[0] in ("arviz", "arviz_base")
+
+
+def name_of(function: Any) -> str:
+    """What a user calls a callable: its own name, or that of its class."""
+    return getattr(function, "__name__", None) or type(function).__name__

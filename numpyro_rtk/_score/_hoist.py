@@ -7,6 +7,7 @@ kernel puts them into its state, which is an argument of the compiled program.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Literal
 
 from numpyro_rtk._score._model import bind_score, score_methods, ScoreModel
+from numpyro_rtk._user import name_of, user_stack_level
 
 
 def _is_array(leaf: Any) -> bool:
@@ -89,6 +91,60 @@ class _Converted(eqx.Module):
         return jax.tree.unflatten(self.out_structure, jaxpr_as_fun(closed)(*leaves))
 
 
+def _inner(jaxpr: Any) -> list[ClosedJaxpr]:
+    """Programs inside a program: of jitted functions, loops and branches."""
+    leaves = [
+        leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_closed)
+    ]
+    return [leaf for leaf in leaves if _closed(leaf)]
+
+
+def _closed(leaf: Any) -> bool:
+    return isinstance(leaf, ClosedJaxpr)
+
+
+def _hidden_bytes(jaxpr: Any) -> int:
+    """Size of the arrays that programs inside a program hold."""
+    return sum(
+        sum(np.size(const) * const.dtype.itemsize for const in inner.consts) + _hidden_bytes(inner.jaxpr)
+        for inner in _inner(jaxpr)
+    )
+
+
+def _written_out(closed: ClosedJaxpr, leaves: Any) -> list[Any]:
+    """Evaluate a program; those of jitted functions that hold arrays are evaluated in it, not called."""
+    jaxpr = closed.jaxpr
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *leaves], strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    for eqn in jaxpr.eqns:
+        inputs, inner = [read(variable) for variable in eqn.invars], eqn.params.get("jaxpr")
+        if eqn.primitive.name in ("jit", "pjit") and (inner.consts or _hidden_bytes(inner.jaxpr)):
+            outputs = _written_out(inner, inputs)
+        else:
+            outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(variable) for variable in jaxpr.outvars]
+
+
+MIN_HIDDEN_BYTES = 2**20
+"""Arrays smaller than this may stay constants of the program."""
+
+
+def _say_hidden(score_fn: Any, num_bytes: int) -> None:
+    if num_bytes >= MIN_HIDDEN_BYTES:
+        warnings.warn(
+            f"Arrays of {num_bytes / 2**20:.1f} MiB stay constants of the compiled program, which makes "
+            f"compilation slow: in `score_fn` ({name_of(score_fn)}) a function under `jax.jit` uses them "
+            "inside a loop or branch. Leave `jax.jit` out there; what samples is compiled anyway.",
+            UserWarning,
+            stacklevel=user_stack_level(),
+        )
+
+
 def _convert(
     method: Callable[..., Any], x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -101,6 +157,10 @@ def _convert(
         return method(x, t, *args, **kwargs)
 
     closed, out = jax.make_jaxpr(function, return_shape=True)(x, t, dynamic)
+    if _hidden_bytes(closed.jaxpr):
+        inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
+        closed = jax.make_jaxpr(lambda *leaves: _written_out(closed, leaves))(*inputs)
+        _say_hidden(method, _hidden_bytes(closed.jaxpr))
     return _Converted(list(closed.consts), closed.jaxpr, jax.tree.structure(out))
 
 
@@ -114,8 +174,8 @@ def hoist(
     """Separate the arrays of a score callable from the rest.
 
     They are found by tracing it once, so that it does not matter whether a module holds them, a function
-    closes over them or a global name refers to them. Only arrays inside a function that `score_fn`
-    itself calls through `jax.jit` stay hidden: they remain constants of the program.
+    closes over them or a global name refers to them, and in functions that `score_fn` calls through
+    `jax.jit`. Only where it does so inside a loop or a branch do they stay constants, which a warning says.
 
     Args:
         score_fn: `score_fn(x, t, *args, **kwargs)`, perhaps with energies.

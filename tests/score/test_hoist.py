@@ -258,3 +258,48 @@ def test_other_inner_kernel_or_segments_are_refused(options):
     other = rtk.RTKKernel(score_fn, **(settings | options))
     with pytest.raises(ValueError, match="state comes from a kernel with other"):
         jax.eval_shape(lambda state: other.sample(state, (), {}), state)
+
+
+WEIGHT = np.random.default_rng(3).normal(size=(2, 700, 200)).astype(np.float32) / 40
+
+
+def jitted_layers():
+    """A network of two matrices under `jax.jit`, with a jitted part of its own."""
+    weight = jnp.asarray(WEIGHT)
+    part = jax.jit(lambda x: jax.nn.relu(jnp.pad(x, (0, 698)) @ weight[0]))
+    return jax.jit(lambda x, t: -x * t - jax.nn.silu(part(x) @ weight[1].T)[:2])
+
+
+def reference(x, t):
+    return -x * t - jax.nn.silu(jax.nn.relu(jnp.pad(x, (0, 698)) @ WEIGHT[0]) @ WEIGHT[1].T)[:2]
+
+
+@pytest.mark.parametrize("outer", ["lambda", "bound", "grad"])
+def test_a_jitted_network_inside_a_callable(outer):
+    network = jitted_layers()
+    score_fn = {
+        "lambda": lambda x, t: network(x, t),
+        "bound": functools.partial(lambda apply, x, t: 1.0 * apply(x, t), network),
+        "grad": lambda x, t: jax.grad(lambda x: jnp.sum(network(x, t) ** 2))(x),
+    }[outer]
+    arrays, rebuild = hoist(score_fn, X, T)
+    assert sum(np.size(leaf) for leaf in arrays.arrays) >= WEIGHT.size
+    x, t = jnp.asarray([0.3, -0.7]), jnp.asarray(0.4)
+    expected = jax.grad(lambda x: jnp.sum(reference(x, t) ** 2))(x) if outer == "grad" else reference(x, t)
+    np.testing.assert_allclose(rebuild(arrays.arrays)(x, t), expected, rtol=1e-5, atol=1e-6)
+    # Other arrays give another score: nothing of the old ones is left inside.
+    other = [jnp.zeros_like(leaf) if leaf.size > 100 else leaf for leaf in arrays.arrays]
+    assert not np.allclose(rebuild(other)(x, t), expected, rtol=1e-3)
+
+
+def test_arrays_that_stay_hidden_are_named():
+    network = jitted_layers()
+
+    def score_fn(x, t):
+        return jax.lax.scan(lambda x, _: (network(x, t), None), x, None, length=2)[0]
+
+    with pytest.warns(UserWarning, match=r"Arrays of 2\.1 MiB stay constants .*`score_fn` \(score_fn\)"):
+        arrays, rebuild = hoist(score_fn, X, T)
+    x, t = jnp.asarray([0.3, -0.7]), jnp.asarray(0.4)
+    expected = reference(reference(x, t), t)
+    np.testing.assert_allclose(rebuild(arrays.arrays)(x, t), expected, rtol=1e-5)
