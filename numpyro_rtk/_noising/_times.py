@@ -34,6 +34,11 @@ class NoiseRange(NamedTuple):
             return sys.maxsize
         return round(self.t_max - self.t_min)
 
+    @property
+    def data_sd(self) -> float:
+        """Standard deviation of the noise of `t_min`, in units of the data."""
+        return float(np.exp(-0.5 * _float64(self.schedule.log_snr, self.t_min)))
+
     def times(self, num_segments: int, *, rho: float = 7.0) -> np.ndarray:
         """As `segment_times`, between the ends."""
         log_snr = _float64(self.schedule.log_snr, np.array([self.t_max, self.t_min]))

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
+from numpyro_rtk._custom_types import Event
 from numpyro_rtk._diagnosis._round_trip import travel, Travellers, Trip
 from numpyro_rtk._diagnosis._start import check_calibration, check_segments, num_pilot_draws, num_start_draws
-from numpyro_rtk._moves._line_integral import AbstractEnergyDifference, Trapezoid
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
@@ -23,12 +23,10 @@ from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel, SegmentTuning
 from numpyro_rtk._reverse._calibration import or_zero
-from numpyro_rtk._reverse._mala import MALA
-from numpyro_rtk._reverse._markov import Start
+from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd
 from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass, rule_step_size
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
-from numpyro_rtk._reverse._uld import ULD
 from numpyro_rtk._score._checks import (
     check_event_shape,
     check_first_call,
@@ -40,6 +38,11 @@ from numpyro_rtk._score._checks import (
 from numpyro_rtk._score._hoist import hoist, HoistedArrays
 from numpyro_rtk._score._model import ScoreModel
 from numpyro_rtk._tuning._passes import AdaptState, PassTuner
+from numpyro_rtk._user import name_of
+
+
+DENOISE_DRAWS = 16
+"""Draws that measure the error of denoised draws."""
 
 
 class Shared(NamedTuple):
@@ -49,6 +52,8 @@ class Shared(NamedTuple):
     """The network's arrays, kept here so that they are arguments of the compiled program."""
     terminal: Terminal
     """The law at the top of the grid, where passes start."""
+    denoise_sd: Event | None
+    """Error of a denoised draw by coordinate; `None` unless `denoise=True`."""
 
 
 class RTKState(NamedTuple):
@@ -82,6 +87,11 @@ class RTKKernel(MCMCKernel):
     `N(0, (alpha^2 + sigma^2) I)` at the top of the grid, so data should be standardised and the top of the
     grid be noise.
 
+    With `denoise=True` draws are those of clean data, up to the same error: `E[x_0 | x]` of such a draw plus
+    independent normal noise of the measured denoising error of each coordinate. Their mean and their variance
+    by coordinate are those of the data; of `x_0` given `x` the correlation, the shape, and how its spread
+    varies with `x` are lost, all of the size of the noise of `t_min`.
+
     *Cost.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, in
     `state.num_score_evals`. `init` makes 386 more: to check the score, and to
     measure the terminal Gaussian.
@@ -107,6 +117,8 @@ class RTKKernel(MCMCKernel):
         inner: The inner kernel; `None` is `PreconditionedMALA()`, the member of the MALA family that measured
             best (`benchmarks/cost.py`).
         target_accept_prob: Acceptance probability that warmup aims at in every segment.
+        denoise: Whether draws are of clean data, rather than with the noise of `t_min`; one more evaluation
+            per draw.
         site: Name of the sample site.
 
     Raises:
@@ -129,6 +141,7 @@ class RTKKernel(MCMCKernel):
         segments: Any = None,
         inner: AbstractInnerKernel | None = None,
         target_accept_prob: float = 0.7,
+        denoise: bool = False,
         site: str = "x",
     ) -> None:
         check_score_fn(score_fn)
@@ -141,13 +154,20 @@ class RTKKernel(MCMCKernel):
         self._inner = PreconditionedMALA() if inner is None else inner
         check_kernel("inner", self._inner, score_fn, self.num_segments)
         self._target_accept_prob = float(target_accept_prob)
+        if not isinstance(denoise, bool):
+            raise TypeError(f"`denoise` must be True or False, got {denoise!r}.")
+        self._denoise = denoise
         self._site = site
         self._programs = Programs()
 
     def __repr__(self) -> str:
+        shape = "that of init_params" if self._event_shape is None else self._event_shape
+        noise = NoiseRange(self._schedule, t_min=self._times[-1], t_max=self._times[0])
+        law = "clean data" if self._denoise else f"noise of sd {noise.data_sd:.3g} at t_min={noise.t_min:.3g}"
         return (
-            f"RTKKernel(site={self._site!r}, event_shape={self._event_shape}, schedule={self._schedule}, "
-            f"segments={self.num_segments}, inner={self._inner}, num_score_evals={self.num_score_evals})"
+            f"RTKKernel({name_of(self._score_fn)}, site={self._site!r}, event_shape={shape}, "
+            f"schedule={self._schedule}, {law}, segments={self.num_segments}, inner={self._inner}, "
+            f"num_score_evals={self.num_score_evals})"
         )
 
     @property
@@ -193,7 +213,7 @@ class RTKKernel(MCMCKernel):
     @property
     def num_score_evals(self) -> int:
         """Score evaluations per draw."""
-        return num_score_evaluations(self._inner, self.num_segments)
+        return num_score_evaluations(self._inner, self.num_segments) + self._denoise
 
     def get_diagnostics_str(self, state: RTKState) -> str:
         """Acceptance, its worst segment and the cost, for the progress bar."""
@@ -247,10 +267,16 @@ class RTKKernel(MCMCKernel):
             num_draws = num_start_draws(math.prod(shape))
             draws, terminal = prior_draws(draw_key, model, noise, shape, dtype, num_draws)
             pilot = run_pilot(pilot_key, model, grid, or_zero(draws[: num_pilot_draws(math.prod(shape))]))
-            return first_call(model, grid, shape), terminal, draws, pilot.curvature[1:], pilot.calibration
+            usable, sd = or_zero(draws[:DENOISE_DRAWS]), None
+            if self._denoise:
+                sd = measure_denoise_sd(jr.key(1), model, grid.level(-1), usable)
+            called = first_call(model, grid, shape)
+            return called, (terminal, sd), draws, pilot.curvature[1:], pilot.calibration
 
         name = f"measure {shape} {dtype}"
-        called, terminal, *pilot = self._programs(name, measure, arrays.arrays, model_args, kwargs)
+        called, (terminal, denoise_sd), *pilot = self._programs(
+            name, measure, arrays.arrays, model_args, kwargs
+        )
         draws, curvature, calibration = pilot
         check_first_call(called, grid)
         num_failed = jnp.sum(~jnp.all(jnp.isfinite(draws.reshape(draws.shape[0], -1)), axis=1))
@@ -289,13 +315,13 @@ class RTKKernel(MCMCKernel):
             )
 
         state = jax.vmap(init_chain)(rng_key, value) if batched else init_chain(rng_key, value)
-        return state._replace(shared=Shared(arrays, terminal))
+        return state._replace(shared=Shared(arrays, terminal, denoise_sd))
 
     def _hoist(self, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network's arrays, marked with all that a state of this kernel depends on."""
         found, rebuild = hoist(self._score_fn, x, t, args, kwargs)
         # What was learnt for one reverse kernel or grid means something else for another.
-        settings = f"{type(self._inner).__name__} on {self._times.tolist()}"
+        settings = f"{type(self._inner).__name__} on {self._times.tolist()}" + ", denoised" * self._denoise
         return HoistedArrays(found.arrays, f"{found.fingerprint} {settings}"), rebuild
 
     def _tuner(self, grid: NoiseGrid) -> PassTuner:
@@ -327,63 +353,17 @@ class RTKKernel(MCMCKernel):
         next_key, pass_key = jr.split(state.rng_key)
         value, tuning = state.z[self._site], state.adapt_state.tuning
         result = reverse_pass(pass_key, model, tuner.grid, self._inner, tuning, shared.terminal)
+        draw, failed = result.x, result.failed
+        if shared.denoise_sd is not None:
+            noise = jr.normal(jr.fold_in(pass_key, 1), draw.shape, draw.dtype)
+            draw = denoise_event(model, tuner.grid.level(-1), draw) + shared.denoise_sd * noise
+            failed |= ~jnp.all(jnp.isfinite(draw))
         return state._replace(
-            z={self._site: jnp.where(result.failed, value, result.x)},
+            z={self._site: jnp.where(failed, value, draw)},
             accept_prob=jnp.mean(result.accept_prob),
             segment_accept_prob=result.accept_prob,
             num_score_evals=jnp.full_like(state.num_score_evals, self.num_score_evals),
-            diverging=jnp.any(result.diverging),
+            diverging=jnp.any(result.diverging) | failed,
             adapt_state=tuner.update(state.adapt_state, result),
             rng_key=next_key,
         )
-
-
-def RTKMALA(
-    score_fn: Any,
-    *,
-    num_steps: int = 4,
-    segments: Any = 40,
-    step_size: Any = None,
-    energy_difference: AbstractEnergyDifference | None = None,
-    start: Start = "gaussian",
-    **options: Any,
-) -> RTKKernel:
-    """`RTKKernel` with `MALA` as inner kernel: `segments * (num_steps + 1)` score evaluations a draw.
-
-    Args:
-        score_fn: As in `RTKKernel`.
-        num_steps: MALA steps per segment.
-        segments: As in `RTKKernel`.
-        step_size: As in `MALA`.
-        energy_difference: As in `MALA`; `None` is `Trapezoid()`.
-        start: As in `MALA`.
-        **options: The other arguments of `RTKKernel`.
-    """
-    rule = Trapezoid() if energy_difference is None else energy_difference
-    inner = MALA(num_steps=num_steps, step_size=step_size, energy_difference=rule, start=start)
-    return RTKKernel(score_fn, inner=inner, segments=segments, **options)
-
-
-def RTKULD(
-    score_fn: Any,
-    *,
-    num_steps: int = 8,
-    segments: Any = 20,
-    step_size: Any = None,
-    friction: Any = None,
-    start: Start = "gaussian",
-    **options: Any,
-) -> RTKKernel:
-    """`RTKKernel` with `ULD` as inner kernel: `segments * (num_steps + 1)` score evaluations a draw.
-
-    Args:
-        score_fn: As in `RTKKernel`.
-        num_steps: Underdamped Langevin steps per segment.
-        segments: As in `RTKKernel`.
-        step_size: As in `ULD`.
-        friction: As in `ULD`.
-        start: As in `ULD`.
-        **options: The other arguments of `RTKKernel`.
-    """
-    inner = ULD(num_steps=num_steps, step_size=step_size, friction=friction, start=start)
-    return RTKKernel(score_fn, inner=inner, segments=segments, **options)

@@ -262,6 +262,10 @@ class LineIntegral(AbstractLogDensity):
         self.reference = None if reference is None else jnp.asarray(reference)
         self.num_nodes = num_nodes
 
+    def __repr__(self) -> str:
+        origin = "the origin" if self.reference is None else f"shape {self.reference.shape}"
+        return f"LineIntegral(num_nodes={self.num_nodes}, reference={origin})"
+
     def __check_init__(self) -> None:
         _check_count("LineIntegral", "num_nodes", self.num_nodes, 1)
         if self.reference is None:

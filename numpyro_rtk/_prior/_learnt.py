@@ -1,19 +1,24 @@
 """What a prior learns from draws of its own, once for a score object."""
 
+import contextlib
 import weakref
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.core import Tracer
 from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Event
-from numpyro_rtk._noising._grid import NoiseGrid
+from numpyro_rtk._diagnosis._start import check_calibration
+from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import NoiseRange
 from numpyro_rtk._reverse._calibration import Calibration, or_zero
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
-from numpyro_rtk._score._model import ScoreModel
+from numpyro_rtk._score._checks import check_first_call, first_call
+from numpyro_rtk._score._model import resolve_score, ScoreModel
 
 
 PILOT_DRAWS = 16
@@ -39,6 +44,7 @@ class Kept:
     def __init__(self, score_fn: Any, learnt: Learnt) -> None:
         self.learnt = learnt
         self.nodes: set[Any] = set()
+        self.denoise_sd: Event | None = None
         weakref.finalize(score_fn, _nothing, self)
 
 
@@ -74,3 +80,40 @@ def learn(
     weights = 1 - mean * sigma_s**2 + 1e-2
     profile = jnp.tensordot(weights / jnp.sum(weights) * sigma_s**2, curvature, axes=1)
     return Learnt(mean, profile, terminal, draws), pilot.calibration
+
+
+def key_of(prior: Any, dtype: Any) -> Any:
+    """What is learnt of a `DiffusionPrior` in this dtype is known by."""
+    times = tuple(prior.segment_times.tolist())
+    return id(prior.score_fn), str(prior.schedule), times, prior.event_shape, str(jnp.dtype(dtype))
+
+
+def learnt_of(prior: Any, grid: NoiseGrid) -> Learnt:
+    """What the pilot learns of a `DiffusionPrior`, with its checks, once for a score object.
+
+    NumPyro traces a model, and builds its distributions anew, many times. The same score object has the same
+    curvature; should what it refers to have changed since, the tuning is less apt and the law the same.
+    """
+    score_fn, shape, dtype = prior.score_fn, prior.event_shape, grid.t.dtype
+    known = LEARNT.get(key_of(prior, dtype))
+    if known is not None:
+        return known.learnt
+    consts = jax.make_jaxpr(score_fn)(jnp.zeros(shape, dtype), jnp.zeros((), dtype)).consts
+    if any(isinstance(const, Tracer) for const in consts):
+        return learn(resolve_score(score_fn), prior.noise, grid, shape)[0]
+
+    def first(grid: NoiseGrid) -> Any:
+        model = resolve_score(score_fn)
+        return first_call(model, grid, shape), *learn(model, prior.noise, grid, shape)
+
+    with jax.ensure_compile_time_eval():
+        # Inside, so that nothing here belongs to a trace that is under way.
+        grid = noise_grid(prior.schedule, prior.segment_times, dtype)
+        called, learnt, calibration = jax.jit(first)(grid)
+        check_first_call(called, grid)
+        check_calibration(score_fn, prior.schedule, grid, shape, calibration)
+    if not isinstance(learnt.curvature, Tracer):
+        # A callable that cannot be referred to weakly is learnt from at each call.
+        with contextlib.suppress(TypeError):
+            LEARNT[key_of(prior, dtype)] = Kept(score_fn, learnt)
+    return learnt

@@ -1,6 +1,5 @@
 """`DiffusionPrior`: a diffusion model where any NumPyro distribution may stand."""
 
-import contextlib
 import math
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._custom_types import Event, RandomKey
-from numpyro_rtk._diagnosis._start import check_calibration, check_nodes
+from numpyro_rtk._diagnosis._start import check_nodes
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
@@ -30,19 +29,20 @@ from numpyro_rtk._prior._density import (
 )
 from numpyro_rtk._prior._derivative import log_density_with_score
 from numpyro_rtk._prior._latents import running_latents
-from numpyro_rtk._prior._learnt import Kept, learn, LEARNT, Learnt
+from numpyro_rtk._prior._learnt import key_of, LEARNT, learnt_of
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
+from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd
 from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._checks import (
+    check_batch_size,
     check_event_shape,
-    check_first_call,
     check_score_fn,
     check_score_shape,
-    first_call,
     schedule_or_assumed,
 )
 from numpyro_rtk._score._model import has_energy, resolve_score
+from numpyro_rtk._user import name_of
 
 
 def _default_density(score_fn: Any, event_shape: Any) -> AbstractLogDensity:
@@ -72,7 +72,8 @@ class DiffusionPrior(dist.Distribution):
     evaluations, 1,264 by default, 16 at a time, and two to check the score. They have a fixed key, so that
     the tuning is a property of the prior. It is kept for the same `score_fn` object, and is learnt while
     tracing, not in the compiled program, unless `score_fn` depends on tracers. All draws of one call are made
-    together: in memory, too. A draw that met something non-finite is NaN.
+    together, in memory too, unless `batch_size` says how many at a time. A draw that met something non-finite
+    is NaN.
 
     *Density.* Its gradient is the score at `t_min`, one evaluation, in forward and reverse mode. The value is
     `density`'s: the energy of the network if there is one, else the probability flow, or above 100 dimensions
@@ -93,6 +94,7 @@ class DiffusionPrior(dist.Distribution):
         density: `EnergyDensity()`, `ProbabilityFlow()` or `LineIntegral()`; `None`: the first if `score_fn`
             has a method `energy`, else the second where its trace is exact (up to 100 dimensions), else the
             third.
+        batch_size: How many draws are made at a time; `None`: all that one call asks for. Draws are the same.
         validate_args: As in every NumPyro distribution.
 
     Raises:
@@ -117,6 +119,7 @@ class DiffusionPrior(dist.Distribution):
         segments: Any = None,
         reverse: AbstractInnerKernel | None = None,
         density: AbstractLogDensity | None = None,
+        batch_size: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
         check_score_fn(score_fn)
@@ -140,14 +143,17 @@ class DiffusionPrior(dist.Distribution):
         density.check(score_fn, schedule, shape)
         self._parts = (score_fn, schedule, reverse, density)
         self._times = tuple(times.tolist())
+        self._batch_size = check_batch_size(batch_size)
         self._latents = running_latents()
         super().__init__((), shape, validate_args=validate_args)
 
     def __repr__(self) -> str:
+        batches = "" if self._batch_size is None else f", batch_size={self._batch_size}"
         return (
-            f"DiffusionPrior(event_shape={self.event_shape}, schedule={self.schedule}, "
-            f"segments={len(self._times) - 1}, "
-            f"reverse={self.reverse}, density={self.density})"
+            f"DiffusionPrior({name_of(self.score_fn)}, event_shape={self.event_shape}, "
+            f"schedule={self.schedule}, noise of sd {self.noise.data_sd:.3g} at t_min={self._times[-1]:.3g}, "
+            f"segments={len(self._times) - 1}, reverse={self.reverse}, density={self.density}, "
+            f"num_score_evals={self.num_score_evals}{batches})"
         )
 
     @property
@@ -209,7 +215,7 @@ class DiffusionPrior(dist.Distribution):
             structure,
             tuple(is_array),
             static,
-            self._times,
+            (self._times, self._batch_size),
             self.batch_shape,
             self.event_shape,
             self._validate_args,
@@ -219,12 +225,12 @@ class DiffusionPrior(dist.Distribution):
     @classmethod
     def tree_unflatten(cls, aux_data: Any, params: Any) -> "DiffusionPrior":
         """The inverse of `tree_flatten`; checks nothing, as JAX also puts placeholders in."""
-        structure, is_array, static, times, batch_shape, event_shape, validate_args = aux_data
+        structure, is_array, static, settings, batch_shape, event_shape, validate_args = aux_data
         arrays = iter(params)
         leaves = [next(arrays) if dynamic else leaf for dynamic, leaf in zip(is_array, static, strict=True)]
         prior = cls.__new__(cls)
         prior._parts = jax.tree.unflatten(structure, leaves)
-        prior._times, prior._latents = times, ()
+        (prior._times, prior._batch_size), prior._latents = settings, ()
         prior._batch_shape, prior._event_shape, prior._validate_args = batch_shape, event_shape, validate_args
         return prior
 
@@ -250,7 +256,11 @@ class DiffusionPrior(dist.Distribution):
             result = reverse_pass(key, model, grid, self.reverse, tuning, terminal)
             return jnp.where(result.failed, jnp.nan, result.x)
 
-        draws = jax.jit(jax.vmap(draw))(jr.split(key, math.prod(sample_shape)))
+        keys = jr.split(key, math.prod(sample_shape))
+        if self._batch_size is None:
+            draws = jax.jit(jax.vmap(draw))(keys)
+        else:
+            draws = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=self._batch_size))(keys)
         return draws.reshape(*sample_shape, *self.event_shape)
 
     @validate_sample
@@ -263,32 +273,97 @@ class DiffusionPrior(dist.Distribution):
         Returns:
             Shape `batch`; NaN where the density could not be computed.
         """
-        x = jnp.asarray(value)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(jnp.result_type(float))
-        num_batch = x.ndim - self.event_dim
-        if num_batch < 0 or x.shape[num_batch:] != self.event_shape:
-            raise ValueError(
-                f"`DiffusionPrior.log_prob` got a value of shape {x.shape} for events of shape "
-                f"{self.event_shape}."
-            )
-        if x.dtype != jnp.result_type(float):
-            event = jax.ShapeDtypeStruct(self.event_shape, x.dtype)
-            check_score_shape(self.score_fn, event, jax.ShapeDtypeStruct((), x.dtype), (), {}, in_model=True)
+        x = self._events("log_prob", value)
         self._check_density(x.dtype)
         noise = self.noise
 
         def log_density(x: Event) -> Array:
             return log_density_with_score(self.density, self.score_fn, noise, x, self._latents)
 
+        return self._over_batch(log_density, x)
+
+    def denoise(self, value: ArrayLike) -> Array:
+        """Clean data, `E[x_0 | x]` of `x` with the noise of `t_min`: `(x + sigma^2 score(x, t_min)) / alpha`.
+
+        Inside a model, as `numpyro.deterministic("clean", prior.denoise(x))` or in the likelihood, and on
+        draws. Differentiable; its derivative goes through the score.
+
+        *Law.* Of draws of the prior it has the mean of the data, and what is missing of their variance is
+        `denoise_sd**2` by coordinate: `denoise(x) + denoise_sd * noise`, with independent standard normal
+        `noise`, are draws of `x_0` up to how its conditional law given `x` varies with `x`, is correlated and
+        is not normal; exactly for independent Gaussian coordinates.
+
+        *Cost.* One score evaluation for each event.
+
+        Args:
+            value: Shape `(*batch, *event_shape)`; any batch.
+
+        Returns:
+            The same shape.
+        """
+        x = self._events("denoise", value)
+        data = noise_grid(self.schedule, self.segment_times, x.dtype).level(-1)
+        return self._over_batch(lambda x: denoise_event(self.score_fn, data, x), x)
+
+    @property
+    def denoise_sd(self) -> Array:
+        """Root mean square of `x_0 - denoise(x)` by coordinate, over draws of the prior: shape `event_shape`.
+
+        *Cost.* 256 score evaluations, and the pilot of `sample`, once for a score object.
+        """
+        dtype = jnp.result_type(float)
+        learnt = learnt_of(self, noise_grid(self.schedule, self.segment_times, dtype))
+        kept = LEARNT.get(key_of(self, dtype))
+        if kept is None:
+            return self._measure_denoise_sd(learnt.draws)
+        measured = kept.denoise_sd
+        if measured is None:
+            with jax.ensure_compile_time_eval():
+                measured = jax.jit(lambda: self._measure_denoise_sd(learnt.draws))()
+            kept.denoise_sd = measured
+        return measured
+
+    def denoise_sd_of(self, value: ArrayLike) -> Array:
+        """The same over draws that you have, shape `(*batch, *event_shape)`: root mean square over the batch.
+
+        How much noise hides depends on where `x` is. Over draws of a posterior this is their own error, where
+        that of the prior is an average over much else. A few dozen draws do.
+
+        *Cost.* 16 score evaluations for each event.
+        """
+        x = self._events("denoise_sd_of", value)
+        return self._measure_denoise_sd(x.reshape(-1, *self.event_shape))
+
+    def _measure_denoise_sd(self, draws: Array) -> Array:
+        data = noise_grid(self.schedule, self.segment_times, draws.dtype).level(-1)
+        return measure_denoise_sd(jr.key(1), self.score_fn, data, draws)
+
+    def _events(self, method: str, value: ArrayLike) -> Array:
+        """Checked values of shape `(*batch, *event_shape)`, floating point."""
+        x = jnp.asarray(value)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(jnp.result_type(float))
+        num_batch = x.ndim - self.event_dim
+        if num_batch < 0 or x.shape[num_batch:] != self.event_shape:
+            raise ValueError(
+                f"`DiffusionPrior.{method}` got a value of shape {x.shape} for events of shape "
+                f"{self.event_shape}."
+            )
+        if x.dtype != jnp.result_type(float):
+            event = jax.ShapeDtypeStruct(self.event_shape, x.dtype)
+            check_score_shape(self.score_fn, event, jax.ShapeDtypeStruct((), x.dtype), (), {}, in_model=True)
+        return x
+
+    def _over_batch(self, function: Any, x: Array) -> Array:
+        num_batch = x.ndim - self.event_dim
         if num_batch == 0:
-            return log_density(x)
-        batch = x.shape[:num_batch]
-        return jax.vmap(log_density)(x.reshape(-1, *self.event_shape)).reshape(batch)
+            return function(x)
+        values = jax.vmap(function)(x.reshape(-1, *self.event_shape))
+        return values.reshape(*x.shape[:num_batch], *values.shape[1:])
 
     def _tuning(self, grid: NoiseGrid) -> tuple[Tuning, Terminal]:
         """What `RTKKernel` learns in warmup, from a pilot with a fixed key, and the terminal Gaussian."""
-        learnt = self._learnt(grid)
+        learnt = learnt_of(self, grid)
         step_size = rule_step_size(self.reverse, grid, learnt.curvature, math.prod(self.event_shape))
         return Tuning(step_size, learnt.curvature, learnt.profile), learnt.terminal
 
@@ -297,42 +372,10 @@ class DiffusionPrior(dist.Distribution):
         density = self.density
         if not isinstance(density, LineIntegral) or isinstance(density.reference, Tracer):
             return
-        learnt = self._learnt(noise_grid(self.schedule, self.segment_times, dtype))
-        kept = LEARNT.get(self._key(dtype))
+        learnt = learnt_of(self, noise_grid(self.schedule, self.segment_times, dtype))
+        kept = LEARNT.get(key_of(self, dtype))
         if kept is None or density.num_nodes in kept.nodes:
             return
         kept.nodes.add(density.num_nodes)
         with jax.ensure_compile_time_eval():
             check_nodes(self.score_fn, density.reference, density.num_nodes, learnt.draws, self._times[-1])
-
-    def _key(self, dtype: Any) -> Any:
-        return id(self.score_fn), str(self.schedule), self._times, self.event_shape, str(jnp.dtype(dtype))
-
-    def _learnt(self, grid: NoiseGrid) -> Learnt:
-        # NumPyro traces a model, and builds its distributions anew, many times. The same score object has the
-        # same curvature; should what it refers to have changed since, the tuning is less apt and the law the
-        # same.
-        dtype = grid.t.dtype
-        known = LEARNT.get(self._key(dtype))
-        if known is not None:
-            return known.learnt
-        x, t = jnp.zeros(self.event_shape, dtype), jnp.zeros((), dtype)
-        consts = jax.make_jaxpr(self.score_fn)(x, t).consts
-        if any(isinstance(const, Tracer) for const in consts):
-            return learn(resolve_score(self.score_fn), self.noise, grid, self.event_shape)[0]
-        with jax.ensure_compile_time_eval():
-            # Inside, so that nothing here belongs to a trace that is under way.
-            grid = noise_grid(self.schedule, self.segment_times, dtype)
-            called, learnt, calibration = jax.jit(self._first)(grid)
-            check_first_call(called, grid)
-            check_calibration(self.score_fn, self.schedule, grid, self.event_shape, calibration)
-        if not isinstance(learnt.curvature, Tracer):
-            # A callable that cannot be referred to weakly is learnt from at each call.
-            with contextlib.suppress(TypeError):
-                LEARNT[self._key(dtype)] = Kept(self.score_fn, learnt)
-        return learnt
-
-    def _first(self, grid: NoiseGrid) -> Any:
-        model = resolve_score(self.score_fn)
-        called = first_call(model, grid, self.event_shape)
-        return called, *learn(model, self.noise, grid, self.event_shape)

@@ -50,6 +50,15 @@ def check_event_shape(event_shape: Any) -> tuple[int, ...] | None:
     return tuple(int(size) for size in shape)
 
 
+def check_batch_size(batch_size: Any) -> int | None:
+    """Return a valid number of draws at a time, or `None`."""
+    if batch_size is None:
+        return None
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    return int(batch_size)
+
+
 def resolve_schedule(score_fn: Any, schedule: Any) -> AbstractNoiseSchedule | None:
     """The kernel's schedule: the one given, which must agree with the score's own, or the score's own."""
     own = getattr(score_fn, "schedule", None)

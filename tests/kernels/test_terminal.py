@@ -8,8 +8,7 @@ from numpyro.infer import MCMC
 
 import numpyro_rtk as rtk
 from numpyro_rtk._noising._terminal import standard_terminal
-from numpyro_rtk._numpyro import _rtk_kernel
-from numpyro_rtk._prior import _prior
+from numpyro_rtk._prior._learnt import LEARNT
 from numpyro_rtk._reverse import _pilot
 
 
@@ -40,9 +39,8 @@ def standard(monkeypatch):
         del key, score_fn, num_draws
         return standard_terminal(grid, shape)
 
-    for module in (_rtk_kernel, _pilot):
-        monkeypatch.setattr(module, "measure_terminal", assume)
-    _prior._LEARNT.clear()
+    monkeypatch.setattr(_pilot, "measure_terminal", assume)
+    LEARNT.clear()
 
 
 def gaussian(name):

@@ -567,3 +567,47 @@ def test_bad_input(make, error, match):
 def test_a_score_of_the_wrong_sign_is_an_error():
     with pytest.raises(ValueError, match="wrong sign"):
         rtk.DiffusionPrior(lambda x, t: x, (2,), segments=4).sample(jr.key(0))
+
+
+# Memory and print.
+
+
+def test_draws_in_batches_are_the_same_and_bounded():
+    widen = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4000)) / 60, jnp.float32)
+
+    def wide(x, t):
+        return -x + 0.01 * jnp.tanh(x @ widen) @ widen.T * t
+
+    def draws(**options):
+        prior = rtk.DiffusionPrior(wide, (4,), rtk.OU(), segments=4, density=rtk.LineIntegral(), **options)
+        program = jax.jit(lambda key: prior.sample(key, (50,))).lower(jr.key(0)).compile()
+        return program(jr.key(0)), program.memory_analysis().temp_size_in_bytes
+
+    (one, all_memory), (other, batch_memory) = draws(), draws(batch_size=8)
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    assert batch_memory < 0.5 * all_memory
+
+
+@pytest.mark.parametrize("batch_size", [0, 2.5, True])
+def test_a_bad_batch_size(batch_size):
+    with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1"):
+        normal(batch_size=batch_size)
+
+
+def test_what_a_prior_shows():
+    shown = repr(rtk.DiffusionPrior(normal_score, (3,), rtk.VE(sigma_min=0.25), batch_size=7))
+    assert "normal_score" in shown
+    assert "noise of sd 0.25 at t_min=0" in shown
+    assert "batch_size=7" in shown
+    assert "num_score_evals=96" in shown
+    assert "None" not in shown
+    line = repr(
+        rtk.DiffusionPrior(rtk.EnergyScore(normal_energy), (3,), rtk.OU(), density=rtk.LineIntegral())
+    )
+    assert "EnergyScore" in line
+    assert "noise of sd 0.0447 at t_min=0.001" in line
+    assert "None" not in line
+
+
+def normal_energy(x, t):
+    return 0.5 * jnp.sum(x**2)
