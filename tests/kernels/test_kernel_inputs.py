@@ -468,9 +468,7 @@ def _time(t):
 
 
 def test_a_score_of_the_wrong_scale_is_warned_of_with_the_factor():
-    with pytest.warns(
-        UserWarning, match=r"level \d+ of 32 .* is 1.43 times the noise that the score"
-    ):
+    with pytest.warns(UserWarning, match=r"level \d+ of 32 .* is 1.43 times the noise that the score"):
         rtk.RTKKernel(lambda x, t: -0.7 * x, event_shape=(30,)).init(jr.key(0), 1, None, (), {})
 
 
