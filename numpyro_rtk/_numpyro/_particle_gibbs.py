@@ -11,7 +11,6 @@ import jax.random as jr
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
-from numpyro import handlers
 from numpyro.infer.gibbs import conditioned, GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
@@ -36,16 +35,23 @@ from numpyro_rtk._numpyro._problem import (
 )
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._sites import (
+    add_deterministic,
     DiffusionSite,
     inspect_model,
     latent_diffusion_sites,
     without_diffusion,
 )
-from numpyro_rtk._numpyro._start_checks import check_likelihood, check_others, check_sites, check_start
+from numpyro_rtk._numpyro._start_checks import (
+    check_likelihood,
+    check_others,
+    check_sites,
+    check_start,
+    check_twist,
+)
 from numpyro_rtk._reverse._base import AbstractInnerKernel
 from numpyro_rtk._score._checks import check_first_call
 from numpyro_rtk._smc._local import AbstractLocalMove, LocalHMC
-from numpyro_rtk._smc._twist import AbstractTwist, MAX_EXACT_OBSERVATIONS, MAX_RESIDUALS
+from numpyro_rtk._smc._twist import AbstractTwist, num_residuals
 from numpyro_rtk._user import arviz_asks
 
 
@@ -90,8 +96,7 @@ class RTKParticleGibbs(MCMCKernel):
             for all sites, whose ends must be those of the priors.
         reverse: Reverse kernel of the transitions. `None` is `PreconditionedMALA`, at 3 evaluations a
             transition: one long step with `Simpson()` up to 100 dimensions over all sites, two short steps
-                with the trapezoid rule above, and
-            two long steps with `ExactEnergy()` where all scores have an energy.
+            with the trapezoid rule above, two long ones with `ExactEnergy()` where all scores have an energy.
         twist: `GaussianTwist()` or `TemperedTwist()`; `None` integrates Gaussian observations and tempers
             anything else.
         num_guided_steps: Guided MALA steps per level and particle; 0 for none.
@@ -99,8 +104,7 @@ class RTKParticleGibbs(MCMCKernel):
             start.
         num_restarts: Iterations of the warmup that draw the diffusion sites anew by an unconditional sweep
             given the other latents, only as a block of a composite, whose other latents are arbitrary at
-            first: iterations 0, 1, 3, 7, ..., for as long as they are in the first half of the warmup, so
-                that the others settle in between.
+            first, and not where a start was given: iterations 0, 1, 3, 7, ..., in its first half.
         sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are
             informative in every coordinate (an image with a value in every pixel) local moves do the work,
             and sweeps cost most.
@@ -151,24 +155,13 @@ class RTKParticleGibbs(MCMCKernel):
         if not callable(model):
             raise TypeError(f"`model` must be a NumPyro model (a callable), got {type(model).__name__}.")
         self._model = model
-        self._options = check_options(
-            Options(
-                num_particles=num_particles,
-                segments=segments,
-                reverse=reverse,
-                twist=twist,
-                num_guided_steps=num_guided_steps,
-                num_start_steps=num_start_steps,
-                num_restarts=num_restarts,
-                sweep_prob=sweep_prob,
-                refresh_depths=refresh_depths,  # pyright: ignore[reportArgumentType] - checked
-                guidance=guidance,
-                local=local,
-                target_accept_prob=target_accept_prob,
-                num_pilot_draws=num_pilot_draws,
-                batch_size=batch_size,
-            )
-        )
+        # fmt: off
+        self._options = check_options(Options(
+            num_particles, segments, reverse, twist, num_guided_steps, num_start_steps, num_restarts,
+            sweep_prob, refresh_depths, guidance, local, target_accept_prob, num_pilot_draws,  # pyright: ignore
+            batch_size,
+        ))
+        # fmt: on
         self._programs = Programs()
         self._chosen: Chosen | None = None
 
@@ -252,14 +245,12 @@ class RTKParticleGibbs(MCMCKernel):
         problem = self._problem(sites, args, kwargs, dtype)
         check_sites(problem)
         shared, floor = self._measure(problem, num_warmup, args, kwargs)
-        # What was given is not drawn anew.
         shared = shared._replace(restarts=jnp.asarray(not given))
 
         def start(keys: Any, given: Any, seen: Any, options: Options, args: Any, kwargs: Any) -> Any:
             shared, floor = seen
             chain = Chain(options, self._problem(None, args, kwargs, dtype), shared)
-            # For `repr` only.
-            self._chosen = chain.chosen
+            self._chosen = chain.chosen  # for `repr` only
 
             def one(inputs: tuple[Any, dict[str, Array]]) -> ParticleGibbsState:
                 return chain.start(*inputs, floor, num_warmup)
@@ -275,8 +266,9 @@ class RTKParticleGibbs(MCMCKernel):
             one = functools.partial(self.log_likelihood, args=args, kwargs=kwargs)
             return jax.vmap(one)(z) if batched else one(z)
 
-        name = f"likelihood {batched}"
-        check_start("RTKParticleGibbs", self._program(name, log_likelihood, state.z, args, kwargs))
+        check_start(
+            "RTKParticleGibbs", self._program(f"likelihood {batched}", log_likelihood, state.z, args, kwargs)
+        )
         if GIBBS_SITES_KWARG in kwargs:
             # The other latents are arbitrary at the start, and so are the weights and the evidence.
             return state._replace(log_evidence=None)
@@ -341,15 +333,9 @@ class RTKParticleGibbs(MCMCKernel):
             shape = prior.event_shape
             check_calibration(prior.score_fn, prior.schedule, grid, shape, one.calibration, site.name)
         num_observations = terms.whitened.shape[1]
-        if options.twist is not None and options.twist.gaussian and num_observations == 0:
-            raise ValueError(
-                "`twist=GaussianTwist()` needs Gaussian observations (`Normal` or `MultivariateNormal` "
-                "sites), and the model has none. Leave `twist` out, or use `TemperedTwist()`."
-            )
+        check_twist(options.twist, num_observations)
         check_likelihood(terms.log_likelihood)
-        # Only covariances that are formed need all residuals.
-        kept = options.num_pilot_draws if num_observations else 0
-        kept = MAX_RESIDUALS if num_observations > MAX_EXACT_OBSERVATIONS else kept
+        kept = num_residuals(num_observations, options.num_pilot_draws)
         measured = tuple(
             Measured(grid, terminal, pilot._replace(residuals=pilot.residuals[:, :kept]))
             for grid, (_, terminal, _), pilot in zip(grids, seen, pilots, strict=True)
@@ -410,13 +396,4 @@ class RTKParticleGibbs(MCMCKernel):
     def postprocess_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:
         """Adds the deterministic sites of the model to the draws."""
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
-        model = conditioned(self._model)
-
-        def add_deterministic(z: dict[str, Array]) -> dict[str, Array]:
-            replayed = handlers.substitute(handlers.seed(without_diffusion(model), jr.key(0)), data=z)
-            trace = handlers.trace(replayed).get_trace(*model_args, **kwargs)
-            return z | {
-                name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"
-            }
-
-        return add_deterministic
+        return functools.partial(add_deterministic, conditioned(self._model), model_args, kwargs)

@@ -278,8 +278,8 @@ class ScoreHMC(MCMCKernel):
     ) -> ScoreHMCState:
         """The state after another kernel moved some of the latents: one score evaluation per diffusion event.
 
-        `relative_potential_energy` and `energy` do not know what the diffusion priors without an energy
-        contribute to that move.
+        What diffusion priors without an energy contribute to `energy` by that move is the trapezoid rule
+        between both ends: exact for Gaussian priors, and rough for a jump between modes.
 
         Args:
             state: The state.

@@ -14,6 +14,7 @@ from numpyro.infer.hmc_util import HMCAdaptState, IntegratorState
 from numpyro_rtk._custom_types import Scalar
 from numpyro_rtk._moves._accept import metropolis, select
 from numpyro_rtk._moves._leapfrog import Evaluate, leapfrog, Leaves, MIN_STEPS, PathPoint
+from numpyro_rtk._moves._line_integral import dot
 from numpyro_rtk._numpyro._score_hmc_mass import mass_velocity
 from numpyro_rtk._numpyro._score_hmc_options import Options
 from numpyro_rtk._numpyro._states import lists_fields
@@ -171,12 +172,18 @@ class Chain(NamedTuple):
     def at(self, state: ScoreHMCState, moved: Leaves) -> ScoreHMCState:
         """The state where some latents have other values, or for other arguments; scores are evaluated where
         they moved.
+
+        What priors without an energy contribute to `relative_potential_energy` is the trapezoid rule between
+        both ends: exact for Gaussian priors.
         """
         point = self.evaluate(state.z | moved, None if moved else state.score)  # pyright: ignore[reportCallIssue]
+        difference = point.potential - state.potential
+        for name, score in point.score.items():
+            difference -= 0.5 * dot(state.score[name] + score, point.position[name] - state.z[name])
         return state._replace(
             z=point.position,
             score=point.score,
             potential=point.potential,
             gradient=point.gradient,
-            relative_potential_energy=state.relative_potential_energy + (point.potential - state.potential),
+            relative_potential_energy=state.relative_potential_energy + difference,
         )

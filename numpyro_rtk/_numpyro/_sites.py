@@ -118,6 +118,15 @@ def without_diffusion(model: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(_without_diffusion, model)
 
 
+def add_deterministic(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], z: dict[str, Any]
+) -> dict[str, Any]:
+    """Values of all latents, and the deterministic sites of the model there; evaluates no network."""
+    replayed = handlers.substitute(handlers.seed(without_diffusion(model), jr.key(0)), data=z)
+    trace = handlers.trace(replayed).get_trace(*args, **kwargs)
+    return z | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
+
+
 _CONDITIONED: Any = getattr(conditioned(_without_diffusion), "func")  # noqa: B009 - a `partial`, typed as a callable
 
 

@@ -11,6 +11,7 @@ from numpyro_rtk._numpyro._problem import Problem
 from numpyro_rtk._numpyro._sites import ModelSites
 from numpyro_rtk._reverse._base import check_kernel
 from numpyro_rtk._score._checks import check_score_shape
+from numpyro_rtk._smc._twist import AbstractTwist
 
 
 def check_others(found: ModelSites) -> None:
@@ -31,6 +32,15 @@ def check_sites(problem: Problem) -> None:
         x = jax.ShapeDtypeStruct(prior.event_shape, problem.dtype)
         check_kernel("reverse", problem.kernel, prior.score_fn, times.size - 1)
         check_score_shape(prior.score_fn, x, jax.ShapeDtypeStruct((), problem.dtype), (), {})
+
+
+def check_twist(twist: AbstractTwist | None, num_observations: int) -> None:
+    """Raise for a Gaussian twist where there is nothing Gaussian."""
+    if twist is not None and twist.gaussian and num_observations == 0:
+        raise ValueError(
+            "`twist=GaussianTwist()` needs Gaussian observations (`Normal` or `MultivariateNormal` sites), "
+            "and the model has none. Leave `twist` out, or use `TemperedTwist()`."
+        )
 
 
 def check_likelihood(log_likelihood: Any) -> None:

@@ -28,6 +28,13 @@ INDEPENDENT_WEIGHT = 0.5
 """Share of the error taken as independent between coordinates there: few residuals do not span an image."""
 
 
+def num_residuals(num_observations: int, num_draws: int) -> int:
+    """Measured residuals that twists need: only covariances that are formed need all."""
+    if num_observations > MAX_EXACT_OBSERVATIONS:
+        return MAX_RESIDUALS
+    return num_draws if num_observations else 0
+
+
 class AbstractTwist(eqx.Module):
     """How the likelihood is carried to noisier levels."""
 
