@@ -118,8 +118,8 @@ class RTKParticleGibbs(MCMCKernel):
         local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
         num_pilot_draws: Prior draws that measure the denoising error of each level.
-        batch_size: Most events that the start evaluates at once, for memory: of the prior draws, and of the
-            particles of all chains, but at least those of one chain. `None`: all of them.
+        batch_size: Most particles, of all vectorized chains together, that the start moves at once, for
+            memory, but at least those of one chain. `None`: all of them. Pilot draws are always made together.
 
     Raises:
         TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before
