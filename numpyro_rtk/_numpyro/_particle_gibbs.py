@@ -119,7 +119,7 @@ class RTKParticleGibbs(MCMCKernel):
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
         num_pilot_draws: Prior draws that measure the denoising error of each level.
         batch_size: Most particles, of all vectorized chains together, that the start moves at once, for
-            memory, but at least those of one chain. `None`: all of them. Pilot draws are always made together.
+            memory, but at least those of one chain. `None`: all of them. Pilot draws are made together.
 
     Raises:
         TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before
