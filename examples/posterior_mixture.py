@@ -40,7 +40,7 @@ OPERATOR, NOISE_SD = np.random.default_rng(0).standard_normal((2, DIM)), 1.0
 
 
 def model(score_fn, y):
-    x = numpyro.sample("x", rtk.DiffusionPrior(score_fn, event_shape=(DIM,)))
+    x = numpyro.sample("x", rtk.DiffusionPrior(score_fn, event_shape=(DIM,), schedule=rtk.OU()))
     numpyro.sample("y", dist.Normal(OPERATOR @ x, NOISE_SD).to_event(1), obs=y)
 
 

@@ -44,8 +44,10 @@ def check_calibration(
     calibration: Calibration,
     site: str | None = None,
     num_failed: Array | int = 0,
-) -> None:
+) -> bool:
     """Raise for a score of the wrong sign, warn of one that contradicts its own draws; silent under a trace.
+
+    Returns whether nothing was found: of a wrong score nothing else is worth asking.
 
     Args:
         score_fn: The callable that the user gave: what was said of it is said once.
@@ -60,13 +62,19 @@ def check_calibration(
         ValueError: for a score of the wrong sign.
     """
     if isinstance(grid.t, Tracer) or isinstance(num_failed, Tracer):
-        return
+        return True
     name = "`score_fn`" if site is None else f"`score_fn` of site {site!r}"
-    subject = Subject(name, str(schedule), is_assumed(schedule))
-    say(
-        check_pilot(calibration, np.asarray(grid.t, np.float64), math.prod(shape), subject, int(num_failed)),
-        score_fn,
-    )
+    subject = Subject(name, _short(schedule), is_assumed(schedule))
+    times = np.asarray(grid.t, np.float64)
+    findings = check_pilot(calibration, times, math.prod(shape), subject, int(num_failed))
+    say(findings, score_fn)
+    return not findings
+
+
+def _short(schedule: AbstractNoiseSchedule) -> str:
+    """The schedule as it is printed, without long tables."""
+    printed = " ".join(str(schedule).split())
+    return printed if len(printed) < 100 else f"{type(schedule).__name__}(...)"
 
 
 CHECK_SEGMENTS = True

@@ -280,7 +280,9 @@ class RTKKernel(MCMCKernel):
         draws, curvature, calibration = pilot
         check_first_call(called, grid)
         num_failed = jnp.sum(~jnp.all(jnp.isfinite(draws.reshape(draws.shape[0], -1)), axis=1))
-        check_calibration(self._score_fn, self._schedule, grid, shape, calibration, num_failed=num_failed)
+        fits = check_calibration(
+            self._score_fn, self._schedule, grid, shape, calibration, num_failed=num_failed
+        )
 
         def fly(key: Any, draws: Array, index: Array) -> Travellers:
             def trip(arrays: Any, curvature: Array, args: Any, kwargs: Any, *inputs: Any) -> Travellers:
@@ -295,7 +297,8 @@ class RTKKernel(MCMCKernel):
             inputs = (arrays.arrays, curvature, model_args, kwargs, key, draws, index)
             return self._programs(f"trip {shape} {dtype}", trip, *inputs)
 
-        check_segments(self._score_fn, fly, grid, draws, self._inner, "RTKKernel")
+        if fits:
+            check_segments(self._score_fn, fly, grid, draws, self._inner, "RTKKernel")
         tuner = self._tuner(grid)
 
         def init_chain(rng_key: Any, value: Any) -> RTKState:
