@@ -283,7 +283,7 @@ class RTKParticleGibbs(MCMCKernel):
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         # The model and the kernel's options are all that a program depends on besides its arguments.
-        return self._programs(f"{name} {id(self._model)}", function, *args)
+        return self._programs(name, self._model, function, *args)
 
     def _problem(
         self,

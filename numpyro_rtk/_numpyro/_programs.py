@@ -22,20 +22,22 @@ class Programs:
     def __getstate__(self) -> dict[str, Any]:
         return {"_functions": {}}
 
-    def __call__(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+    def __call__(self, name: str, owner: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, compiled; arrays among the arguments are arguments of the program.
 
         A function that needs their values, as a model may that turns an argument into a NumPy array, is
         compiled for these values instead, once for each set of them.
 
         Args:
-            name: With the structure and other leaves of `args`, what the program is known by.
-            function: A pure function; it must do the same whenever `name` and its arguments are the same.
+            name: With `owner`, and the structure and other leaves of `args`, what the program is known by.
+            owner: The model or score that the function closes over, compared by identity.
+            function: A pure function; it must do the same whenever `name`, `owner` and its arguments are the
+                same.
             *args: Any PyTrees.
         """
         dynamic, static = eqx.partition(args, _is_array)
         leaves, structure = jax.tree.flatten(static)
-        known = (name, structure, tuple(_hashable(leaf) for leaf in leaves))
+        known = (name, _Identity(owner), structure, tuple(_hashable(leaf) for leaf in leaves))
         if known not in self._functions:
             self._functions[known] = jax.jit(lambda dynamic: function(*eqx.combine(dynamic, static)))
         general = self._functions[known]
@@ -60,7 +62,7 @@ def _hashable(leaf: Any) -> Any:
 
 
 class _Identity:
-    """Something that cannot be hashed, compared by identity and kept alive."""
+    """Something compared by identity, and kept alive, so that its identity stays its own."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

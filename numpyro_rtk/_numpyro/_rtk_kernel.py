@@ -275,7 +275,7 @@ class RTKKernel(MCMCKernel):
 
         name = f"measure {shape} {dtype}"
         called, (terminal, denoise_sd), *pilot = self._programs(
-            name, measure, arrays.arrays, model_args, kwargs
+            name, self._score_fn, measure, arrays.arrays, model_args, kwargs
         )
         draws, curvature, calibration = pilot
         check_first_call(called, grid)
@@ -295,7 +295,7 @@ class RTKKernel(MCMCKernel):
                 return travel(key, Trip(model, grid, self._inner, tuning), draws, index)
 
             inputs = (arrays.arrays, curvature, model_args, kwargs, key, draws, index)
-            return self._programs(f"trip {shape} {dtype}", trip, *inputs)
+            return self._programs(f"trip {shape} {dtype}", self._score_fn, trip, *inputs)
 
         if fits:
             check_segments(self._score_fn, fly, grid, draws, self._inner, "RTKKernel")

@@ -192,7 +192,9 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("method", ["sequential", "vectorized", jax.vmap], ids=["sequential", "vectorized", "vmap"])
+@pytest.mark.parametrize(
+    "method", ["sequential", "vectorized", jax.vmap], ids=["sequential", "vectorized", "vmap"]
+)
 @pytest.mark.parametrize("name", KERNELS)
 def test_refused_in_every_running_mode(name, method):
     if method == "vectorized" and name != "RTKGibbs":
