@@ -22,6 +22,7 @@ from jaxtyping import Array, ArrayLike
 from numpyro_rtk._custom_types import Event, Scalar, ScoreFn
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._times import NoiseRange
+from numpyro_rtk._score._model import has_energy
 
 
 def _check_count(owner: str, name: str, value: Any, least: int) -> None:
@@ -65,8 +66,7 @@ class EnergyDensity(AbstractLogDensity):
 
     def check(self, score_fn: Any, schedule: AbstractNoiseSchedule, event_shape: tuple[int, ...]) -> None:
         del schedule
-        energy = getattr(score_fn, "energy", None)
-        if not callable(energy):
+        if not has_energy(score_fn):
             raise TypeError(
                 "`density=EnergyDensity()` needs a score with a method `energy(x, t)`, but `score_fn` "
                 f"({type(score_fn).__name__}) has none. Wrap an energy network as `EnergyScore(energy_fn)`, "
@@ -75,7 +75,7 @@ class EnergyDensity(AbstractLogDensity):
             )
         dtype = jnp.result_type(float)
         x, t = jax.ShapeDtypeStruct(event_shape, dtype), jax.ShapeDtypeStruct((), dtype)
-        shape = getattr(eqx.filter_eval_shape(energy, x, t), "shape", None)
+        shape = getattr(eqx.filter_eval_shape(score_fn.energy, x, t), "shape", None)
         if shape != ():
             raise ValueError(f"`score_fn.energy` must return a scalar for one event, got shape {shape}.")
 

@@ -24,6 +24,11 @@ class ScoreModel(eqx.Module):
         """Whether `-log p_t` is known up to a constant."""
         return self.energy_and_score is not None
 
+    def energy(self, x: Event, t: Scalar) -> Scalar:
+        """`-log p_t(x)` up to a constant in `x`, scalar, where there is an energy."""
+        assert self.energy_and_score is not None
+        return self.energy_and_score(x, t)[0]
+
     def __call__(self, x: Event, t: Scalar) -> Event:
         """Score of one event at scalar time `t`, shape of `x`."""
         return self.score(x, t)
