@@ -25,13 +25,14 @@ from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentTuning
 from numpyro_rtk._reverse._segment import ReverseTransition
 from numpyro_rtk._score._model import ScoreModel
+from numpyro_rtk._thresholds import MANY_DIMENSIONS
 
 
 BATCH, NUM_BATCHES = 96, 11
 """Draws that travel together, and batches of them: the first surveys every segment, the others are for those
 that are looked at closely."""
-MANY_DIMENSIONS, BATCH_IN_MANY, NUM_BATCHES_IN_MANY = 256, 16, 9
-"""Above so many dimensions, where each draw tells more and costs more."""
+BATCH_IN_MANY, NUM_BATCHES_IN_MANY = 16, 9
+"""The same in many dimensions."""
 NUM_CHOSEN = 4
 """Segments that are looked at closely."""
 MIN_CHANGE, MIN_TOTAL_CHANGE = 0.15, 0.08

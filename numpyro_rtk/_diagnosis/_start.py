@@ -15,7 +15,6 @@ from numpyro_rtk._diagnosis._pilot import check_pilot, Subject
 from numpyro_rtk._diagnosis._report import say
 from numpyro_rtk._diagnosis._round_trip import (
     check_round_trip,
-    MANY_DIMENSIONS,
     num_round_trip_draws,
     Travellers,
 )
@@ -24,6 +23,7 @@ from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._reverse._base import AbstractInnerKernel
 from numpyro_rtk._reverse._calibration import Calibration
 from numpyro_rtk._score._checks import is_assumed
+from numpyro_rtk._thresholds import MANY_DIMENSIONS
 
 
 def num_pilot_draws(dim: int) -> int:

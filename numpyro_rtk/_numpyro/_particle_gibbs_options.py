@@ -15,6 +15,7 @@ from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._model import has_energy
 from numpyro_rtk._smc._local import AbstractLocalMove
 from numpyro_rtk._smc._twist import AbstractTwist
+from numpyro_rtk._thresholds import MAX_MEAN_SLOPE_DIM
 
 
 DEFAULT_LEVEL_SEGMENTS = 24
@@ -23,10 +24,6 @@ DEFAULT_LEVEL_SEGMENTS = 24
 MAX_INNER_STEP_SIZE = 4.0
 """`max_step_size` of the default reverse kernel where energy differences are good: nearly an independent
 draw."""
-
-MAX_MEAN_SLOPE_DIM = 100
-"""Most dimensions of all sites in which guided moves take the denoiser's Jacobian as diagonal, and reverse
-kernels evaluate midpoints, unless told otherwise."""
 
 
 class Options(NamedTuple):

@@ -23,6 +23,7 @@ from numpyro_rtk._custom_types import Event, Scalar, ScoreFn
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._times import NoiseRange
 from numpyro_rtk._score._model import has_energy
+from numpyro_rtk._thresholds import MAX_EXACT_TRACE_DIM
 
 
 def _check_count(owner: str, name: str, value: Any, least: int) -> None:
@@ -138,7 +139,7 @@ class ProbabilityFlow(AbstractLogDensity):
 
     rtol: float = eqx.field(static=True, converter=float, default=1e-4)
     atol: float = eqx.field(static=True, converter=float, default=1e-4)
-    max_exact_dim: int = eqx.field(static=True, default=100)
+    max_exact_dim: int = eqx.field(static=True, default=MAX_EXACT_TRACE_DIM)
     num_probes: int = eqx.field(static=True, default=8)
     seed: int = eqx.field(static=True, default=0)
     max_steps: int = eqx.field(static=True, default=512)

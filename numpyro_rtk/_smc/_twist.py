@@ -14,10 +14,9 @@ from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Scalar
 from numpyro_rtk._moves._line_integral import dot
+from numpyro_rtk._thresholds import MAX_EXACT_OBSERVATIONS
 
 
-MAX_EXACT_OBSERVATIONS = 64
-"""Most Gaussian observations for which the covariance of the twist is formed as a matrix."""
 NUM_PROBES = 8
 """Random vectors that estimate the diagonal of the covariance where it is not formed."""
 DIAGONAL_WEIGHT = 0.1

@@ -21,9 +21,9 @@ from numpyro_rtk._smc._twist import (
     evaluate_twist,
     LevelError,
     linearize_twist,
-    MAX_EXACT_OBSERVATIONS,
     Terms,
 )
+from numpyro_rtk._thresholds import MAX_EXACT_OBSERVATIONS
 from tests.particles import ExactReverse, FLOOR, linear_terms, make_law, make_posterior, Mixture, with_own
 
 
