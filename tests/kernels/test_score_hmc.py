@@ -561,7 +561,7 @@ def test_dynamic_support_in_a_composite():
         ({"step_size": 0.0}, ValueError, "`step_size` must be a positive number, got 0.0"),
         ({"trajectory_length": np.inf}, ValueError, "`trajectory_length` must be a positive number"),
         ({"target_accept_prob": 1.0}, ValueError, "`target_accept_prob` must be strictly between 0 and 1"),
-        ({"max_num_steps": 0}, ValueError, "`max_num_steps` must be an integer of at least 1"),
+        ({"max_num_steps": 0}, ValueError, "`max_num_steps` must be an integer of at least 2"),
         ({"dense_mass": ("x",)}, TypeError, "`dense_mass` must be True, False or a list"),
         ({"model": None}, TypeError, "`model` must be a NumPyro model"),
     ],
