@@ -147,7 +147,7 @@ class RTKGibbs(Gibbs):
 
     Raises:
         TypeError, ValueError: for an inner kernel without a model, and as `RTKParticleGibbs` and NumPyro's
-        `Gibbs` do.
+            `Gibbs` do.
     """
 
     _state_cls = RTKGibbsState  # pyright: ignore[reportAssignmentType]

@@ -123,7 +123,7 @@ class RTKParticleGibbs(MCMCKernel):
 
     Raises:
         TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before
-        anything is compiled.
+            anything is compiled.
 
     References:
         Andrieu, Doucet and Holenstein (2010); Wu et al. (2023), arXiv 2306.17775; Corenflos et al. (2024),

@@ -99,9 +99,8 @@ class DiffusionPrior(dist.Distribution):
 
     Raises:
         TypeError, ValueError: for arguments that cannot work, naming the argument, at construction. A score
-        that is NaN,
-            or does not look like one, is refused, or warned about, at the first draw (which NUTS makes when
-            it starts).
+            that is NaN, or does not look like one, is refused, or warned about, at the first draw (which NUTS
+            makes when it starts).
 
     References:
         Huang et al. (2024), arXiv 2405.16387. Song et al. (2021), arXiv 2011.13456, section 4.3 and appendix
