@@ -725,8 +725,9 @@ from numpyro.infer import MCMC
 from tests.kernels.test_particle_gibbs import denoising, make, Y
 
 def draws(method):
-    mcmc = MCMC(make(denoising), num_warmup=4, num_samples=6, num_chains=2, chain_method=method,
-    progress_bar=False) mcmc.run(jr.key(1), Y)
+    options = dict(num_warmup=4, num_samples=6, num_chains=2, progress_bar=False)
+    mcmc = MCMC(make(denoising), chain_method=method, **options)
+    mcmc.run(jr.key(1), Y)
     assert mcmc.chain_method == method
     return np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
 
