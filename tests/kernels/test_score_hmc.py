@@ -407,6 +407,8 @@ def scaled_score(scale, x, t):
 
 
 @pytest.mark.slow
+# Scores of N(0, 1 / scale) at every time, which no noising has.
+@pytest.mark.filterwarnings("ignore:.*is not the score of its own draws:UserWarning")
 def test_a_network_among_the_arguments():
     def model(scale):
         numpyro.sample("x", prior_of(functools.partial(scaled_score, scale), (5,)))
