@@ -83,9 +83,8 @@ class RTKKernel(MCMCKernel):
     *Law.* Draws follow `p_{t_min}`, the law of the data noised to `t_min`, and are independent of each
     other once warmup is over. The exactness of the law rests on the inner kernel: with the MALA family the
     error falls geometrically with `num_steps`, down to the error of the energy difference; `ULA`, `ULD` and
-    `GaussianTransition` are biased at first or second order. The pass starts from
-    `N(0, (alpha^2 + sigma^2) I)` at the top of the grid, so data should be standardised and the top of the
-    grid be noise.
+    `GaussianTransition` are biased at first or second order. The pass starts from a
+    Gaussian with the measured mean and variance, by coordinate, of the data noised to the top of the grid.
 
     With `denoise=True` draws are those of clean data, up to the same error: `E[x_0 | x]` of such a draw plus
     independent normal noise of the measured denoising error of each coordinate. Their mean and their variance
@@ -93,8 +92,8 @@ class RTKKernel(MCMCKernel):
     varies with `x` are lost, all of the size of the noise of `t_min`.
 
     *Cost.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, in
-    `state.num_score_evals`. `init` makes 386 more: to check the score, and to
-    measure the terminal Gaussian.
+    `state.num_score_evals`. `init` makes more: pilot
+    draws that measure the terminal Gaussian and check the score, and round trips that check the segments.
 
     *Warmup* learns, per segment, the mean curvature of `-log p_s` and a step size: dual averaging of the mean
     acceptance probability towards `target_accept_prob` for the MALA family, a rule based on the curvature
