@@ -266,6 +266,9 @@ class DiffusionPrior(dist.Distribution):
     def log_prob(self, value: ArrayLike) -> Array:
         """Log density of `p_{t_min}`, as `density` computes it; its gradient is the score at `t_min`.
 
+        *Cost.* That of `density`; its gradient one score evaluation for each event. The first call with a
+        `LineIntegral` checks its nodes at pilot draws, once for a score object.
+
         Args:
             value: Shape `(*batch, *event_shape)`; any batch.
 

@@ -178,7 +178,7 @@ def conditional_sweep(
         """Resample and move at a level, then go to the next."""
         level = carry.level
         resample_key, move_key, reverse_key = jr.split(down_keys[level], 3)
-        active, starts = level >= top, (level == top) & ~full
+        active, starts = level >= top, (level == top) & jnp.logical_not(full)
         here = at(arrive, level)
         points = jax.tree.map(lambda one, many: jnp.where(starts, one[None], many), here, carry.points)
         log_weights = jnp.where(starts, 0.0, jnp.concatenate([carry.pinned[None], carry.log_weights]))

@@ -15,6 +15,11 @@ from numpyro_rtk._tuning._step_size import StepSizeState, StepSizeTuner
 PROFILE_PRIOR_PASSES = 5.0
 """Weight of the mean over coordinates in the profile, in passes."""
 
+CAUTION = 10.0
+"""A mean of `n` squared scores is taken `1 + CAUTION / n` times too large. One lucky pass in few dimensions
+would give steps so long that no later pass succeeds, and nothing is learnt from passes that fail.
+"""
+
 MIN_PROFILE = 1e-2
 """Least curvature of a coordinate, as a fraction of its bound."""
 
@@ -75,7 +80,8 @@ class PassTuner(NamedTuple):
 
         The curvature of a segment is the mean of `|score_s|^2 / dim` over the draws at its end, which is
         `-E[div score_s] / dim` by Stein's identity, with weights that grow linearly so that the early, badly
-        tuned passes are forgotten. It is never more than its bound `1 / sigma_s^2`. How curvature is spread
+        tuned passes are forgotten, taken somewhat too large while they are few. It is never more than its
+        bound `1 / sigma_s^2`. How curvature is spread
         over coordinates (a galaxy's centre is less certain than its background) is learnt as one profile for
         all segments, from the same identity by coordinate: `E score_i^2 = -E[d score_i / d x_i]`. Step sizes
         of kernels that adapt follow dual averaging of the mean acceptance probability of the segment's steps;
@@ -90,7 +96,8 @@ class PassTuner(NamedTuple):
         weight = jnp.where(usable, 2 / (num_passes + 1), 0.0)
         mean_square = state.mean_square_score + weight * (result.mean_square_score - state.mean_square_score)
         bound = 1 / self.grid.sigma[1:] ** 2
-        learnt = jnp.where((num_passes > 0) & (mean_square > 0), jnp.minimum(mean_square, bound), bound)
+        cautious = mean_square * (1 + CAUTION / (state.profile.size * jnp.maximum(num_passes, 1)))
+        learnt = jnp.where((num_passes > 0) & (mean_square > 0), jnp.minimum(cautious, bound), bound)
         curvature = jnp.where(warming, learnt, state.curvature)
 
         # The profile is learnt from whole passes, shrunk towards its mean by a few passes' worth of prior:

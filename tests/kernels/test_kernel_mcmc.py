@@ -460,7 +460,7 @@ def hole(x, t):
 def test_nan_in_a_part_of_space(name, capsys):
     kernel = make_kernel(hole, inner=INNER_KERNELS[name])
     start = jnp.array([7.0, 7.0])
-    mcmc = run(kernel, num_samples=40, init_params={"x": start})
+    mcmc = run(kernel, num_warmup=20, num_samples=40, init_params={"x": start})
     values, diverging = draws(mcmc)[0], field(mcmc, "diverging")[0]
     assert np.all(np.isfinite(values))
     assert 0 < diverging.sum() < diverging.size

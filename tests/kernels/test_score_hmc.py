@@ -263,8 +263,9 @@ def thin_ridge(y):
 @pytest.mark.slow
 def test_joint_moves_beat_gibbs_on_a_correlated_pair():
     ours = run(ScoreHMC(thin_ridge), 1.5, num_samples=3000)
-    gibbs = MCMC(rtk.RTKGibbs(NUTS(thin_ridge)), num_warmup=200, num_samples=600, progress_bar=False)
-    gibbs.run(jr.key(0), 1.5, extra_fields=("block_states.0.num_score_evals",))
+    # About one effective draw in 65: as many as a z score needs.
+    kernel = rtk.RTKGibbs(NUTS(thin_ridge))
+    gibbs = run(kernel, 1.5, num_samples=2000, num_chains=8, extra_fields=("num_score_evals",))
     log_a, x = np.meshgrid(np.linspace(-3, 4, 1501), np.linspace(0.01, 5, 1501), indexing="ij")
     log_prior = np.asarray(
         jax.vmap(lambda x: MIXTURE.log_density(x[None], T_MIN))(jnp.asarray(x[0], jnp.float32))
@@ -272,7 +273,7 @@ def test_joint_moves_beat_gibbs_on_a_correlated_pair():
     log_p = -0.5 * (log_a / 0.5) ** 2 + log_prior[None] - 0.5 * ((np.exp(log_a) * x - 1.5) / 0.1) ** 2
     p = np.exp(log_p - log_p.max()) / np.sum(np.exp(log_p - log_p.max()))
     efficiency = []
-    for mcmc, field in ((ours, "num_score_evals"), (gibbs, "block_states.0.num_score_evals")):
+    for mcmc in (ours, gibbs):
         draws = mcmc.get_samples(group_by_chain=True)
         values = {"log_a": np.log(draws["a"]), "x": np.asarray(draws["x"])[..., 0]}
         for name, grid in {"log_a": log_a, "x": x}.items():
@@ -280,7 +281,7 @@ def test_joint_moves_beat_gibbs_on_a_correlated_pair():
             assert abs(z_score(values[name], mean)) < Z_MAX
             assert abs(z_score((values[name] - mean) ** 2, np.sum(p * (grid - mean) ** 2))) < Z_MAX
         worst = min(effective_sample_size(np.asarray(value)) for value in values.values())
-        efficiency.append(worst / np.sum(mcmc.get_extra_fields()[field]))
+        efficiency.append(worst / np.sum(mcmc.get_extra_fields()["num_score_evals"]))
     assert efficiency[0] > 5 * efficiency[1]
 
 
@@ -290,6 +291,7 @@ def skewed_10(density):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is not the score of its own draws")
 def test_no_chain_runs_away():
     # Without the check of coarse paths one of these four chains went to -900, and said so by nothing but its
     # BFMI.

@@ -218,6 +218,7 @@ def test_evaluations():
         p = prior(density, score=counter)
         x = jnp.broadcast_to(POINT, (*batch, 3))
         total = lambda x: jnp.sum(p.log_prob(x))
+        total(x)  # checks the nodes of a line integral at pilot draws, once for a score object
         value = evaluations(counter, total, x)
         if isinstance(density, rtk.LineIntegral):
             assert value == 5 * math.prod(batch)
