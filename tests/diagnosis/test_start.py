@@ -51,6 +51,7 @@ def test_a_wrong_sign_is_an_error_in_every_kernel(name):
 
 
 # The prior's own pilot, which ScoreHMC asks, has 16 draws and finds larger faults only.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RTKKernel", "RTKParticleGibbs"])
 def test_the_score_of_another_schedule_is_warned_of_once(name):
     score_fn = two_modes(VP)

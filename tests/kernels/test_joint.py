@@ -124,6 +124,7 @@ def test_modes_and_ridges_against_quadrature():
     assert np.mean(mcmc.get_extra_fields()["diverging"]) < 0.01
 
 
+@pytest.mark.slow
 def test_evaluations_and_state():
     """One evaluation per event, leapfrog step and particle move, and one where the trajectory starts."""
     counter = Counter(score_fn)

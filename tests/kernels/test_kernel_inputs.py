@@ -438,7 +438,10 @@ def mixture(schedule):
     return rtk.GaussianMixtureScore(weights, means, np.stack([0.3 * np.eye(10), 0.6 * np.eye(10)]), schedule)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("VP", "EDM") else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES],
+)
 def test_convention(name):
     schedule = SCHEDULES[name]
     right = mixture(schedule)
@@ -479,6 +482,7 @@ def conditional(x, t, shift):
     return score(x - jnp.exp(-t) * shift, t)
 
 
+@pytest.mark.slow
 def test_init_under_vmap():
     keys = jr.split(jr.key(0), 3)
     kernel = rtk.RTKKernel(conditional, event_shape=(2,), segments=3)

@@ -346,6 +346,7 @@ def test_float32_in_x64_mode():
         assert field(mcmc, "adapt_state.step_size").dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME_INNER_KERNELS)
 def test_debug_nans(name):
     kernel = make_kernel(inner=INNER_KERNELS[name])

@@ -301,6 +301,7 @@ def placed_times(score_fn, segments):
     return np.asarray(state.shared.measured[0].grid.t)
 
 
+@pytest.mark.slow
 def test_a_number_of_segments_is_placed_and_a_grid_is_kept():
     schedule = rtk.OU(t_max=7.0)
     modes = rtk.GaussianMixtureScore(np.ones(2), np.array([[-8.0], [8.0]]), np.ones((2, 1, 1)), schedule)

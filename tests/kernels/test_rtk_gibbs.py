@@ -145,6 +145,7 @@ def test_the_inner_kernel_never_evaluates_the_network():
     assert leapfrogs >= 4
 
 
+@pytest.mark.slow
 def test_restarts_leave_the_other_latents_time_to_settle():
     """Iterations 0, 1, 3, 7, ... of the first half of the warmup are full sweeps; with `sweep_prob=0` the
     others have none.
@@ -304,6 +305,7 @@ def test_chain_methods(inner, chain_method):
     assert np.all(np.ptp(np.asarray(draws["scale"]), axis=1) > 0)
 
 
+@pytest.mark.slow
 def test_a_start_that_was_given_is_kept():
     """Constrained values of any latents; a restart draws no site anew that was given."""
     kernel = RTKGibbs(NUTS(unknown_noise), sweep_prob=0.0, **OPTIONS)

@@ -350,6 +350,7 @@ def test_given_settings_are_used_as_they_are():
     assert np.max(mcmc.get_extra_fields()["num_steps"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chain_method",
     [
@@ -449,6 +450,7 @@ def constrained_block(y):
     numpyro.sample("y", dist.Normal(a * x + m, 0.5), obs=y)
 
 
+@pytest.mark.slow
 def test_refresh_evaluates_no_score():
     counter = Counter(standard_normal)
     counter.schedule = rtk.OU()

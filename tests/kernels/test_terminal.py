@@ -85,6 +85,7 @@ def right(draws, name):
     return bool(np.all(np.abs(of_mean) < MEAN_ERROR) and np.all(np.abs(of_variance) < VARIANCE_ERROR))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (i > 1)) for i, name in enumerate(LAWS)]
 )

@@ -59,6 +59,7 @@ def test_the_error_of_a_gaussian():
     np.testing.assert_allclose(jax.jit(lambda: make_prior().denoise_sd)(), sd, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_error_of_given_draws():
     # A mode for each of two widths: the error is that of the mode where the draws are.
     covariances = np.stack([0.01 * np.eye(1), 4.0 * np.eye(1)])
@@ -148,6 +149,7 @@ def kernel_draws(**options):
     return kernel, np.asarray(mcmc.get_samples()["x"], np.float64), mcmc.get_extra_fields()["num_score_evals"]
 
 
+@pytest.mark.slow
 def test_the_kernel_draws_clean_data():
     kernel, draws, evaluations = kernel_draws(denoise=True)
     assert np.all(np.abs(draws.var(0) / SD**2 - 1) < 0.13)

@@ -60,11 +60,18 @@ def test_densities_say_whether_they_are_normalised():
 @pytest.mark.parametrize(
     ("law", "words"),
     [
-        (functools.partial(prior, density=LINE), "`density=LineIntegral"),
-        (functools.partial(energy_prior, normalized=False), "`density=EnergyDensity"),
-        (lambda mean: prior(0.0, rtk.LineIntegral(mean * jnp.ones(2))), "`density=LineIntegral"),
+        pytest.param(
+            functools.partial(prior, density=LINE), "`density=LineIntegral", id="line", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            functools.partial(energy_prior, normalized=False), "`density=EnergyDensity", id="energy"
+        ),
+        pytest.param(
+            lambda mean: prior(0.0, rtk.LineIntegral(mean * jnp.ones(2))),
+            "`density=LineIntegral",
+            id="reference",
+        ),
     ],
-    ids=["line", "energy", "reference"],
 )
 @pytest.mark.parametrize("chains", [1, 2])
 def test_an_unnormalised_density_of_a_label_is_refused_by_kernels_that_take_no_gradient(law, words, chains):
@@ -74,6 +81,7 @@ def test_an_unnormalised_density_of_a_label_is_refused_by_kernels_that_take_no_g
         run(DiscreteHMCGibbs(NUTS(model)), jnp.ones(2), **options)
 
 
+@pytest.mark.slow
 def test_ways_to_a_label():
     means = jnp.array([0.0, 1.5])
     ways = {
@@ -139,6 +147,7 @@ def with_others(y, mean, law=LINE):
     numpyro.sample("y", dist.Normal(x + shift + label, 1.0).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_model_args", [False, True])
 def test_a_score_of_data_is_welcome_among_latents(jit_model_args):
     arguments = jnp.ones(2), jnp.asarray(0.4)

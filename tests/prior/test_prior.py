@@ -128,6 +128,7 @@ def test_precision_of_draws(x64):
     assert normal().sample(jr.key(0)).dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_evaluations_of_draws():
     counter = Counter(normal_score)
     build = lambda: rtk.DiffusionPrior(counter, (3,), segments=10)
@@ -142,6 +143,7 @@ def test_evaluations_of_draws():
     assert counts == [2 + 16 * (40 + 11) + 3 * 32 + 30, 120]
 
 
+@pytest.mark.slow
 def test_failed_passes_are_nan():
     """No draw of a pass that met a NaN may look valid; one bad draw of the pilot does not spoil the
     others.
@@ -213,6 +215,7 @@ def test_expand_to_event_mask():
     np.testing.assert_allclose(gradient, -x * np.array([1.0, 0.0])[None, :, None], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_transformed():
     prior = normal()
     affine = dist.TransformedDistribution(prior, dist.transforms.AffineTransform(2.0, 3.0))
@@ -237,6 +240,7 @@ class Network(eqx.Module):
         return -self.precision * x
 
 
+@pytest.mark.slow
 def test_pytree():
     prior = rtk.DiffusionPrior(
         Network(jnp.ones(3)), (3,), density=rtk.LineIntegral(np.full(3, 0.1)), segments=8
@@ -410,6 +414,7 @@ def test_a_score_that_depends_on_a_latent_is_refused_under_nuts(density, match):
         run_nuts(dependent, num_warmup=1, num_samples=1)
 
 
+@pytest.mark.slow
 def test_a_score_that_depends_on_model_arguments():
     def conditional(precision, y):
         x = numpyro.sample(
@@ -511,6 +516,7 @@ def test_nuts_on_a_skewed_prior():
             )
 
 
+@pytest.mark.slow
 def test_images_have_a_finite_density_and_gradient():
     prior = rtk.DiffusionPrior(normal_score, (1, 32, 32), density=rtk.LineIntegral(num_nodes=4), segments=4)
     x = value(1, 32, 32)
@@ -572,6 +578,7 @@ def test_a_score_of_the_wrong_sign_is_an_error():
 # Memory and print.
 
 
+@pytest.mark.slow
 def test_draws_in_batches_are_the_same_and_bounded():
     widen = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4000)) / 60, jnp.float32)
 

@@ -37,6 +37,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [rtk.PreconditionedMALA(2), *OTHERS], ids=str)
 def test_memory_does_not_grow_with_the_number_of_segments(inner):
     event_bytes = 4 * np.prod(EVENT)

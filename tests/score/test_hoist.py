@@ -187,7 +187,14 @@ def program_size(score_fn, **inner):
     return len(jax.jit(lambda state: kernel.sample(state, (), {})).lower(state).as_text())
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("energy", "tree-partial")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("module", "global") else pytest.param(name, marks=pytest.mark.slow)
+        for name in MAKERS
+        if name not in ("energy", "tree-partial")
+    ],
+)
 def test_program_does_not_grow_with_the_network(name):
     small, large = (program_size(MAKERS[name](Network(width))) for width in (4, 2000))
     assert (

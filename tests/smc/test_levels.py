@@ -245,6 +245,7 @@ def test_transitions_are_difficult_where_modes_part(half_distance):
     assert np.all(difficulty[ratio > 10 * half_distance] < 0.02 * difficulty.max())
 
 
+@pytest.mark.slow
 def test_levels_placed_where_modes_part_give_them_their_weights():
     schedule = rtk.OU(t_max=7.0)
     score = rtk.GaussianMixtureScore(

@@ -49,6 +49,7 @@ class Recorder:
 METROPOLIS = _moves.metropolis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("energy", [True, False], ids=["energy", "score only"])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_the_energy_error_of_a_gaussian_is_that_of_leapfrog(energy, num_steps, monkeypatch, x64):

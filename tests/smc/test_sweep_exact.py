@@ -146,6 +146,7 @@ def test_exact_draws_stay_exact_under_sweeps(depth, informed):
     assert not np.any(info.diverging)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", ["one level", "half"])
 def test_the_law_at_the_data_is_the_models_own_likelihood(depth):
     """Whatever the terms say that twists above the data are made of."""
@@ -198,6 +199,7 @@ def test_exact_draws_stay_exact_under_sweeps_guided_through_the_denoiser(depth):
     assert np.mean(info.changed) > 0.3
 
 
+@pytest.mark.slow
 def test_chains_of_different_depths_do_not_disturb_each_other():
     """Batched chains walk through the levels together, from the noisiest that any of them needs; each does
     what it does alone.
@@ -227,6 +229,7 @@ def test_chains_of_different_depths_do_not_disturb_each_other():
     assert np.any(together[1].changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_batched_chains_share_the_levels(shared, monkeypatch):
     """The network is given one time for all chains, so that what depends on it alone is computed once."""
@@ -278,7 +281,10 @@ class Scripted:
         return posterior.evaluate(level + 1, 0.9 * point.x), TransitionInfo(jnp.ones(()), jnp.zeros((), bool))
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize(
+    "depth",
+    ["one level", *[pytest.param(name, marks=pytest.mark.slow) for name in DEPTHS if name != "one level"]],
+)
 def test_weights_of_the_pinned_path_and_of_the_others(depth, monkeypatch):
     """`G_s(arrive) / G_t(leave)` of every particle, the pinned one's along its path: draws hardly show errors
     of it.
@@ -352,7 +358,13 @@ def test_where_no_particle_has_any_weight_the_pinned_one_stays_and_the_sweep_say
             np.testing.assert_array_equal(info.particle_ess[:, -1], 0.0)
 
 
-@pytest.mark.parametrize("depth", [0, *DEPTHS.values()])
+@pytest.mark.parametrize(
+    "depth",
+    [
+        depth if depth in (0, DEPTHS["full"]) else pytest.param(depth, marks=pytest.mark.slow)
+        for depth in (0, *DEPTHS.values())
+    ],
+)
 def test_levels_and_segments_that_a_sweep_does_not_visit_have_zeros(depth):
     posterior = posterior_of(1.0, SENSIBLE)
 
@@ -618,6 +630,7 @@ def after_move(name, cls=Posterior):
     return p_values(moved, move.target, CUT), float(np.mean(accept_prob))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOVES)
 def test_exact_draws_stay_exact_under_gradient_moves(name):
     check_move(name, Posterior)

@@ -247,7 +247,10 @@ def test_a_tempered_twist_is_a_power_of_the_likelihood():
     np.testing.assert_allclose(point.other, value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [_normal, _mixed], ids=["normal", "mixed"])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(_normal, id="normal"), pytest.param(_mixed, id="mixed", marks=pytest.mark.slow)],
+)
 def test_the_gradient_is_that_of_the_twist_with_its_covariance_held_fixed(model, x64):
     error = jax.tree.map(lambda leaf: leaf.astype(float), error_of(COVARIANCE))
     terms, beta, here = terms_of(model), jnp.asarray(0.4), jnp.asarray(X)

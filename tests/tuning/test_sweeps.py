@@ -52,6 +52,7 @@ def iterations(tuner, state, depth, swept=0.99, **local):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_levels_that_no_sweep_visited_keep_their_step_sizes(depth):
     tuner = tuner_of()
