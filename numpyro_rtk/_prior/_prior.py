@@ -31,7 +31,7 @@ from numpyro_rtk._prior._derivative import log_density_with_score
 from numpyro_rtk._prior._latents import running_latents
 from numpyro_rtk._prior._learnt import key_of, LEARNT, learnt_of
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
-from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd
+from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd, NUM_ERROR_DRAWS
 from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._checks import (
@@ -290,10 +290,8 @@ class DiffusionPrior(dist.Distribution):
         Inside a model, as `numpyro.deterministic("clean", prior.denoise(x))` or in the likelihood, and on
         draws. Differentiable; its derivative goes through the score.
 
-        *Law.* Of draws of the prior it has the mean of the data, and what is missing of their variance is
-        `denoise_sd**2` by coordinate: `denoise(x) + denoise_sd * noise`, with independent standard normal
-        `noise`, are draws of `x_0` up to how its conditional law given `x` varies with `x`, is correlated and
-        is not normal; exactly for independent Gaussian coordinates.
+        *Law.* Over draws of the prior or of a posterior it has the mean of `x_0`, and less than its variance:
+        what is missing, by coordinate, is the square of `denoise_sd_of(draws)`. `clean_draws` puts it back.
 
         *Cost.* One score evaluation for each event.
 
@@ -317,28 +315,43 @@ class DiffusionPrior(dist.Distribution):
         learnt = learnt_of(self, noise_grid(self.schedule, self.segment_times, dtype))
         kept = LEARNT.get(key_of(self, dtype))
         if kept is None:
-            return self._measure_denoise_sd(learnt.draws)
+            return self.denoise_sd_of(learnt.draws)
         measured = kept.denoise_sd
         if measured is None:
             with jax.ensure_compile_time_eval():
-                measured = jax.jit(lambda: self._measure_denoise_sd(learnt.draws))()
+                measured = jax.jit(lambda: self.denoise_sd_of(learnt.draws))()
             kept.denoise_sd = measured
         return measured
 
     def denoise_sd_of(self, value: ArrayLike) -> Array:
         """The same over draws that you have, shape `(*batch, *event_shape)`: root mean square over the batch.
 
-        How much noise hides depends on where `x` is. Over draws of a posterior this is their own error, where
-        that of the prior is an average over much else. A few dozen draws do.
+        How much noise hides depends on where `x` is, so that the draws of a posterior have an error of their
+        own. A few dozen of them do.
 
         *Cost.* 16 score evaluations for each event.
         """
         x = self._events("denoise_sd_of", value)
-        return self._measure_denoise_sd(x.reshape(-1, *self.event_shape))
+        data = noise_grid(self.schedule, self.segment_times, x.dtype).level(-1)
+        return measure_denoise_sd(jr.key(1), self.score_fn, data, x.reshape(-1, *self.event_shape))
 
-    def _measure_denoise_sd(self, draws: Array) -> Array:
-        data = noise_grid(self.schedule, self.segment_times, draws.dtype).level(-1)
-        return measure_denoise_sd(jr.key(1), self.score_fn, data, draws)
+    def clean_draws(self, key: RandomKey, draws: ArrayLike) -> Array:
+        """Draws of clean data `x_0`, given draws with the noise of `t_min`, of the prior or of a posterior.
+
+        *Law.* `denoise(x) + denoise_sd_of(draws) * noise`: the mean and variance of `x_0` by coordinate. That
+        what is added is correlated, not normal, and larger at some draws is lost.
+
+        *Cost.* One score evaluation for each draw, and at most 1,008 more.
+
+        Args:
+            key: Random key.
+            draws: Shape `(*batch, *event_shape)`, all of the same law: of one member of a plate, not of all.
+        """
+        x = self._events("clean_draws", draws)
+        events = x.reshape(-1, *self.event_shape)
+        sd = self.denoise_sd_of(events[:: max(len(events) // NUM_ERROR_DRAWS, 1)])
+        mean = jax.lax.map(self.denoise, events, batch_size=self._batch_size or NUM_ERROR_DRAWS)
+        return (mean + sd[None] * jr.normal(key, events.shape, x.dtype)).reshape(x.shape)
 
     def _events(self, method: str, value: ArrayLike) -> Array:
         """Checked values of shape `(*batch, *event_shape)`, floating point."""

@@ -14,6 +14,9 @@ from numpyro_rtk._noising._grid import Level
 NUM_PROBES = 8
 """Random directions for each draw, in which the slope of the denoiser is measured."""
 
+NUM_ERROR_DRAWS = 32
+"""Draws, of many, over which the error of denoised draws is measured, and how many are denoised at a time."""
+
 PROBE_STEP = 0.05
 """Half of the difference by which it is measured, in units of the noise: scores vary over lengths of that."""
 

@@ -93,6 +93,41 @@ def test_draws_of_clean_data():
     assert not right(mean + SIGMA * noise)
 
 
+@pytest.mark.parametrize(("mean", "sd"), [(-9.0, 0.2), (9.0, 2.0)])
+def test_draws_of_clean_data_given_a_posterior(mean, sd):
+    # What data tell of x / alpha, they tell of x_0 with the noise of t_min on top of their own.
+    covariances = np.stack([0.04 * np.eye(1), 4.0 * np.eye(1)])
+    score = rtk.GaussianMixtureScore([0.5, 0.5], [[-9.0], [9.0]], covariances, SCHEDULE)
+    prior, noise_sd, y = make_prior(score, (1,)), 0.4, mean + 0.7 * sd
+    normal = np.random.default_rng(2).normal(size=(2, 4000, 1))
+    variance = 1 / (1 / (sd**2 + (SIGMA / ALPHA) ** 2) + 1 / noise_sd**2)
+    scaled = mean + variance / noise_sd**2 * (y - mean) + np.sqrt(variance) * normal[0]
+    x = jnp.asarray(ALPHA * scaled, jnp.float32).reshape(4, 1000, 1)
+    clean = np.asarray(prior.clean_draws(jr.key(1), x), np.float64)
+    assert clean.shape == x.shape
+    data_variance = noise_sd**2 + (SIGMA / ALPHA) ** 2
+    variance = 1 / (1 / sd**2 + 1 / data_variance)
+    # Five standard errors of a mean and of a standard deviation.
+    exact_mean, exact_sd = mean + variance / data_variance * (y - mean), np.sqrt(variance)
+    right = lambda draws: abs(draws.std() / exact_sd - 1) < 0.056
+    assert abs(clean.mean() - exact_mean) < 0.08 * exact_sd
+    assert right(clean)
+    denoised = np.asarray(prior.denoise(x)).reshape(-1, 1)
+    assert not right(scaled)
+    assert not right(denoised)
+    assert not right(denoised + np.asarray(prior.denoise_sd) * normal[1])  # that of both modes
+
+
+def test_draws_of_clean_data_in_batches():
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 2, 3)), jnp.float32)
+    whole, batches = (make_prior(batch_size=size).clean_draws(jr.key(0), x) for size in (None, 3))
+    assert whole.shape == x.shape
+    np.testing.assert_allclose(batches, whole, rtol=1e-5, atol=1e-5)
+    one = make_prior().clean_draws(jr.key(0), x[0, 0])
+    expected = exact(np.asarray(x[0, 0])) + LEFT * np.asarray(jr.normal(jr.key(0), (1, 3)))[0]
+    np.testing.assert_allclose(one, expected, rtol=1e-3, atol=1e-3)
+
+
 def mixture():
     means = np.array([[-1.0, 0.5], [1.2, 0.0]])
     covariances = np.stack([np.diag([0.3, 0.05]), np.diag([0.1, 0.6])])
@@ -168,5 +203,7 @@ def test_the_kernel_draws_noised_data_unless_asked():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"`DiffusionPrior.denoise` got a value of shape \(2,\)"):
         make_prior().denoise(jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"`DiffusionPrior.clean_draws` got a value of shape \(4, 2\)"):
+        make_prior().clean_draws(jr.key(0), jnp.zeros((4, 2)))
     with pytest.raises(TypeError, match="`denoise` must be True or False, got 1"):
         rtk.RTKKernel(gaussian, event_shape=(3,), schedule=SCHEDULE, denoise=1)
