@@ -8,7 +8,7 @@ always the score at `t_min`, one evaluation, by a custom derivative: the value i
 import abc
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import diffrax
 import equinox as eqx
@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike
 
 from numpyro_rtk._custom_types import Event, Scalar, ScoreFn
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
+from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import NoiseRange
 from numpyro_rtk._score._model import has_energy
 from numpyro_rtk._thresholds import MAX_EXACT_TRACE_DIM
@@ -41,6 +42,14 @@ class AbstractLogDensity(eqx.Module):
     @abc.abstractmethod
     def normalized(self, score_fn: Any) -> bool:
         """Whether values are those of a density that integrates to 1, rather than up to a constant."""
+
+    needs_terminal: ClassVar[bool] = False
+    """Whether values depend on the law of the data noised to `t_max`."""
+
+    def ending_in(self, terminal: Terminal) -> Self:
+        """The same, with that law."""
+        del terminal
+        return self
 
     @abc.abstractmethod
     def log_density(self, score_fn: ScoreFn, noise: NoiseRange, x: Event) -> Scalar:
@@ -100,11 +109,12 @@ class ProbabilityFlow(AbstractLogDensity):
     With `c^2 = alpha^2 + sigma^2`, `z = x / c` and `lambda = log(sigma / alpha)` as time, the flow that
     carries `p_t` from data to noise is `dz / dlambda = -(sigma / c)^2 (z + c score(c z, t))`. Both factors
     fade where the law is noise, and the first one where it is data, so that the equation is smooth down to
-    `t_min` under every schedule. The log density is that of `N(0, I)` at the end, plus the divergence along
-    the way, minus `log c` per coordinate at the start.
+    `t_min` under every schedule. The log density is that of a Gaussian at the end, plus the divergence along
+    the way, minus `log c` per coordinate at the start. The Gaussian has the mean and variance, by coordinate,
+    of the data noised to `t_max`, measured where `sample` measures them: data need not be standardised.
 
     *Law.* With the exact score, the density of `p_{t_min}`, up to the tolerance and to what is left of the
-    data at `t_max`. With a network, the density of the flow, whose gradient differs from the score as much as
+    data at `t_max` beyond its mean and variance. With a network, the density of the flow, whose gradient differs from the score as much as
     the network differs from a score. NUTS and HMC follow the value: the gradient only decides how well they
     move. The exact trace is exact. Hutchinson's replaces `trace J` by the mean of `v^T J v` over `num_probes`
     fixed random sign vectors `v`: a smooth function of `x`, not noise, but with an error of standard
@@ -114,7 +124,9 @@ class ProbabilityFlow(AbstractLogDensity):
 
     *Cost.* Per value, as many score evaluations as the solver needs (see `docs/priors.md`: about 60 to 200),
     each with `size of the event` Jacobian-vector products (exact) or `num_probes` (Hutchinson). Under `vmap`
-    the slowest event decides. With the gradient, one score evaluation more.
+    the slowest event decides. With the gradient, one score evaluation more. The pilot of `sample`, once for a
+    score object; a score that depends on latents of the model has its end measured in each call, by 96
+    evaluations.
 
     *Failures.* Where the solver fails, `log_prob` is NaN, which NUTS counts as a divergence.
 
@@ -143,6 +155,11 @@ class ProbabilityFlow(AbstractLogDensity):
     num_probes: int = eqx.field(static=True, default=8)
     seed: int = eqx.field(static=True, default=0)
     max_steps: int = eqx.field(static=True, default=512)
+    terminal: Terminal | None = eqx.field(init=False, repr=False)
+    needs_terminal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.terminal = None
 
     def __check_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -165,13 +182,17 @@ class ProbabilityFlow(AbstractLogDensity):
         del score_fn
         return True
 
+    def ending_in(self, terminal: Terminal) -> Self:
+        return eqx.tree_at(lambda flow: flow.terminal, self, terminal, is_leaf=lambda leaf: leaf is None)
+
     def log_density(self, score_fn: ScoreFn, noise: NoiseRange, x: Event) -> Scalar:
         schedule = noise.schedule
         # From Python floats, in float64: the ends of the integration are constants.
         with jax.enable_x64(True), jax.ensure_compile_time_eval():
             ends = jnp.asarray([noise.t_min, noise.t_max], jnp.float64)
             start, end = (float(value) for value in -0.5 * schedule.log_snr(ends))
-            log_scale = float(0.5 * jnp.log(schedule.alpha(ends[0]) ** 2 + schedule.sigma(ends[0]) ** 2))
+            scales = 0.5 * jnp.log(schedule.alpha(ends) ** 2 + schedule.sigma(ends) ** 2)
+            log_scale, log_end_scale = (float(scale) for scale in scales)
         probes = None if x.size <= self.max_exact_dim else self._probes(x)
 
         def flow(log_ratio: Any, state: tuple[Event, Scalar], args: None) -> tuple[Event, Scalar]:
@@ -200,6 +221,11 @@ class ProbabilityFlow(AbstractLogDensity):
         )
         assert solution.ys is not None
         z, divergence = solution.ys[0][-1], solution.ys[1][-1]
+        if self.terminal is not None:
+            # In the unit of `z`.
+            sd = jnp.sqrt(self.terminal.variance.astype(x.dtype)) * math.exp(-log_end_scale)
+            z = (z - self.terminal.mean.astype(x.dtype) * math.exp(-log_end_scale)) / sd
+            divergence -= jnp.sum(jnp.log(sd))
         value = -0.5 * jnp.sum(z**2) + divergence - x.size * (0.5 * math.log(2 * math.pi) + log_scale)
         return jnp.where(solution.result == diffrax.RESULTS.successful, value, jnp.nan)
 

@@ -277,10 +277,13 @@ class DiffusionPrior(dist.Distribution):
         """
         x = self._events("log_prob", value)
         self._check_density(x.dtype)
-        noise = self.noise
+        noise, density = self.noise, self.density
+        if density.needs_terminal:
+            grid = noise_grid(self.schedule, self.segment_times, x.dtype)
+            density = density.ending_in(learnt_of(self, grid).terminal)
 
         def log_density(x: Event) -> Array:
-            return log_density_with_score(self.density, self.score_fn, noise, x, self._latents)
+            return log_density_with_score(density, self.score_fn, noise, x, self._latents)
 
         return self._over_batch(log_density, x)
 
