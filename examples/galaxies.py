@@ -118,7 +118,7 @@ def main():
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     num_warmup, num_samples = (4, 4) if options.small else (40, 16)
-    grid = {"segments": 6} if options.small else {}
+    grid = {"segments": 12} if options.small else {}
 
     kernels = {
         "RTK-MALA": rtk.RTKMALA(HSC_32, event_shape=SHAPE, schedule=SCHEDULE, **grid),

@@ -6,6 +6,9 @@ independently. So every difference `h(x_s') - h(x_s)` is symmetric about 0, what
 chosen by looking at the pairs without their order. A sum of such differences over the root of their sum of
 squares exceeds `z` with a probability of at most `exp(-z^2 / 2)`, for any law and any number of pairs: the
 rate of false alarms needs no approximation.
+
+The draws of the pilot survey all segments, neighbours together, at the cost of a few passes. Only where that
+looks suspicious are fresh draws made, and what looked suspicious, and nothing else, is tested with them.
 """
 
 import math
@@ -20,37 +23,46 @@ from jaxtyping import Array
 
 from numpyro_rtk._custom_types import RandomKey
 from numpyro_rtk._diagnosis._report import Finding
-from numpyro_rtk._diagnosis._significance import symmetric_limit
+from numpyro_rtk._diagnosis._significance import normal_score, symmetric_limit
 from numpyro_rtk._noising._grid import NoiseGrid
+from numpyro_rtk._noising._times import NoiseRange
 from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentTuning
+from numpyro_rtk._reverse._calibration import or_zero
+from numpyro_rtk._reverse._pass import rule_step_size
+from numpyro_rtk._reverse._pilot import prior_draws
 from numpyro_rtk._reverse._segment import ReverseTransition
 from numpyro_rtk._score._model import ScoreModel
 from numpyro_rtk._thresholds import MANY_DIMENSIONS
 
 
-BATCH, NUM_BATCHES = 96, 11
-"""Draws that travel together, and batches of them: the first surveys every segment, the others are for those
-that are looked at closely."""
-BATCH_IN_MANY, NUM_BATCHES_IN_MANY = 16, 9
-"""The same in many dimensions."""
-NUM_CHOSEN = 4
-"""Segments that are looked at closely."""
-MIN_CHANGE, MIN_TOTAL_CHANGE = 0.15, 0.08
-"""Change in one direction, of the mean in sds or of the variance relatively, and of the variance in all
-directions, from which it is said. That of the galaxy network from 20 segments of four MALA steps is 0.04."""
+SURVEY_EVALUATIONS, SURVEY_EVALUATIONS_IN_MANY = 4096, 1024
+"""Score evaluations of the survey, about; in many dimensions each draw tells more and costs more."""
+SURVEY_PAIRS, SURVEY_PAIRS_IN_MANY = 256, 32
+"""Pairs that the survey looks at together, from one segment or from neighbours."""
+MIN_PAIRS = 4
+"""Fewest pairs of a segment in the survey."""
+FRESH_DRAWS, FRESH_DRAWS_IN_MANY = 768, 96
+"""Draws of the test that follows a suspicion."""
+NUM_CHOSEN = 2
+"""Suspicious groups of which the worst segment is tested."""
+SUSPICIOUS = 3.0
+"""Normal score of the survey that is looked into."""
+MIN_SHIFT, MIN_SPREAD, MIN_TOTAL_SPREAD = 0.15, 0.075, 0.04
+"""Change from which it is said: of a mean in sds, of the spread in one direction and over all coordinates
+relatively. The last of the galaxy network from 20 segments of four MALA steps is 0.015."""
 NUM_RANDOM, NUM_PRINCIPAL = 4, 4
 """Directions that draws are projected on: random ones, and those of largest variance."""
 
 
 class Travellers(NamedTuple):
-    """Draws before and after a round trip through one segment."""
+    """Draws before and after a round trip through one segment, or through several."""
 
     before: Array | np.ndarray
-    """Shape `(draws, *event)`."""
+    """Shape `(draws, *event)`, or `(segments, draws, *event)`."""
     after: Array | np.ndarray
     """The same shape."""
     usable: Array | np.ndarray
-    """Shape `(draws,)`: neither failed nor diverging."""
+    """Shape `(draws,)`, or `(segments, draws)`: neither failed nor diverging."""
 
 
 class Trip(NamedTuple):
@@ -63,10 +75,26 @@ class Trip(NamedTuple):
     """Step sizes, shape `(segments,)`, and curvatures, shape `(segments, *event)` or `(segments,)`."""
 
 
+def plan_trip(score_fn: ScoreModel, grid: NoiseGrid, inner: AbstractInnerKernel, curvature: Array) -> Trip:
+    """The trip with the step sizes that warmup ends with where steps are accepted, as they nearly always are.
+
+    Args:
+        score_fn: The score.
+        grid: Segments.
+        inner: The reverse kernel.
+        curvature: Of each segment's end by coordinate, from a pilot, shape `(segments, *event)`.
+    """
+    flat = curvature.reshape(grid.num_segments, -1)
+    step_size = rule_step_size(inner, grid, jnp.mean(flat, axis=1), flat.shape[1])
+    if inner.given_step_size is None and math.isfinite(inner.largest_step_size):
+        step_size = jnp.full_like(step_size, inner.largest_step_size)
+    return Trip(score_fn, grid, inner, SegmentTuning(step_size, curvature))
+
+
 def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers:
     """Take prior draws through one segment and back.
 
-    *Cost.* `evaluations_per_segment + 2` score evaluations a draw.
+    *Cost.* `evaluations_per_segment + 1` score evaluations a draw, and one more for a kernel with a memory.
 
     Args:
         key: Random key.
@@ -77,14 +105,17 @@ def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers
     score_fn, grid, inner, tuning = trip
     scores_of = jax.vmap(score_fn, in_axes=(0, None))
     down_key, up_key, above_key, back_key = jr.split(key, 4)
-    segment, above = grid.segment(index), grid.segment(jnp.maximum(index - 1, 0))
+    segment = grid.segment(index)
     x_s = _noised(down_key, draws, grid.total_a[index + 1], grid.total_v[index + 1])
     x_t = _noised(up_key, x_s, segment.a, segment.v)
-    # What the segment before would have handed on.
-    x_above = _noised(above_key, x_t, above.a, above.v)
-    variance = (above.a * above.sigma_s) ** 2 + above.v
-    data = (x_above + variance * scores_of(x_above, above.t)) / above.alpha_t
-    length = jnp.where(index == 0, 0.0, 0.5 * jnp.log1p(above.v / (above.a * above.sigma_s) ** 2))
+    data, length = jnp.zeros_like(x_t), jnp.zeros((), x_t.dtype)
+    if inner.uses_history:
+        # What the segment before would have handed on.
+        above = grid.segment(jnp.maximum(index - 1, 0))
+        x_above = _noised(above_key, x_t, above.a, above.v)
+        variance = (above.a * above.sigma_s) ** 2 + above.v
+        data = (x_above + variance * scores_of(x_above, above.t)) / above.alpha_t
+        length = jnp.where(index == 0, 0.0, 0.5 * jnp.log1p(above.v / (above.a * above.sigma_s) ** 2))
 
     def back(key: RandomKey, x_t: Array, score_t: Array, data: Array) -> Any:
         target = ReverseTransition(score_fn, x_t, score_t, segment)
@@ -101,43 +132,129 @@ def _noised(key: RandomKey, x: Array, a: Array, v: Array) -> Array:
     return a * x + jnp.sqrt(v) * jr.normal(key, x.shape, x.dtype)
 
 
+def travel_all(
+    key: RandomKey, trip: Trip, noise: NoiseRange, draws: Array | None, taken: Array, index: Array
+) -> Travellers:
+    """`travel` through several segments, one after the other.
+
+    Args:
+        key: Random key.
+        trip: The kernel and its grid.
+        noise: The ends of the grid.
+        draws: Draws of the prior at `t_min`, shape `(draws, *event)`; `None` makes fresh ones.
+        taken: Indices of the draws that each segment takes, shape `(segments, pairs)`.
+        index: Of the segments, shape `(segments,)`.
+    """
+    draw_key, key = jr.split(key)
+    if draws is None:
+        shape = trip.tuning.curvature.shape[1:]
+        num_draws = num_fresh_draws(math.prod(shape))
+        fresh, _ = prior_draws(draw_key, trip.score_fn, noise, shape, trip.grid.t.dtype, num_draws)
+        draws = or_zero(fresh)
+
+    def one(inputs: tuple[RandomKey, Array, Array]) -> Travellers:
+        key, taken, index = inputs
+        return travel(key, trip, draws[taken], index)
+
+    return jax.lax.map(one, (jr.split(key, index.shape[0]), taken, index))
+
+
+def num_fresh_draws(dim: int) -> int:
+    """Fresh draws of the test that follows a suspicion."""
+    return FRESH_DRAWS if dim <= MANY_DIMENSIONS else FRESH_DRAWS_IN_MANY
+
+
+def num_survey_pairs(kernel: AbstractInnerKernel, num_segments: int, dim: int) -> tuple[int, int]:
+    """Pairs of each segment in the survey, and neighbouring segments that are looked at together."""
+    few = dim <= MANY_DIMENSIONS
+    evaluations, together = (
+        (SURVEY_EVALUATIONS, SURVEY_PAIRS) if few else (SURVEY_EVALUATIONS_IN_MANY, SURVEY_PAIRS_IN_MANY)
+    )
+    cost = num_segments * (kernel.evaluations_per_segment + 1 + kernel.uses_history)
+    num_pairs = max(min(evaluations // cost, together), MIN_PAIRS)
+    return num_pairs, max(together // num_pairs, 1)
+
+
+class View(NamedTuple):
+    """How pairs are looked at: what must not depend on their order."""
+
+    mean: np.ndarray
+    """By segment, shape `(segments, 1, dim)`."""
+    scale: np.ndarray
+    """Root mean square deviation of a coordinate, by segment, shape `(segments, 1, 1)`."""
+    directions: np.ndarray
+    """Unit vectors, shape `(dim, directions)`."""
+    spread: np.ndarray
+    """Mean absolute deviation in each direction, in units of the scale, shape `(directions,)`."""
+
+
 class Changes(NamedTuple):
-    """How draws differ after a round trip; mean and variance in each direction, then the variance in all."""
+    """How draws differ after a round trip; mean and spread in each direction, then the spread in all."""
 
     change: np.ndarray
-    """Shape `(statistics,)`: of a mean in sds, of a variance relatively."""
+    """Shape `(statistics,)`: of a mean in sds, of a spread relatively."""
+    score: np.ndarray
+    """Shape `(statistics,)`: of the differences, as `normal_score`."""
     z: np.ndarray
     """Shape `(statistics,)`: sum of the differences over the root of their sum of squares."""
 
     @property
     def floor(self) -> np.ndarray:
         """Change of each from which it is said."""
-        return np.append(np.full(self.z.size - 1, MIN_CHANGE), MIN_TOTAL_CHANGE)
+        num = self.z.size // 2
+        return np.repeat([MIN_SHIFT, MIN_SPREAD, MIN_TOTAL_SPREAD], [num, num, 1])
+
+    @property
+    def large(self) -> np.ndarray:
+        """Which changes would be said if they were certain."""
+        return np.abs(self.change) > self.floor
 
 
-def compare(travellers: Travellers, seed: int = 0) -> Changes:
-    """The statistics of pairs. All that enters but the sign of a difference is symmetric in a pair."""
-    before, after = (np.asarray(x, np.float64) for x in (travellers.before, travellers.after))
-    before, after = before.reshape(before.shape[0], -1), after.reshape(after.shape[0], -1)
-    usable = np.asarray(travellers.usable) & np.all(np.isfinite(before) & np.isfinite(after), axis=1)
+def view(pairs: Travellers, seed: int = 0) -> View:
+    """The mean, the scale and the directions of pairs, shape `(segments, draws, *event)`."""
+    both = np.concatenate(_flat(pairs)[:2], axis=1)
+    known = np.isfinite(both)
+    count = np.maximum(np.sum(known, axis=1, keepdims=True), 1)
+    mean = np.sum(np.where(known, both, 0.0), axis=1, keepdims=True) / count
+    both = np.where(known, both - mean, 0.0)
+    scale = np.maximum(np.sqrt(np.mean(both**2, axis=(1, 2), keepdims=True)), np.finfo(np.float32).tiny)
+    both = (both / scale).reshape(-1, both.shape[-1])
+    directions = _directions(both, seed)
+    spread = np.maximum(np.mean(np.abs(both @ directions), axis=0), np.finfo(np.float32).tiny)
+    return View(mean, scale, directions, spread)
+
+
+def compare(pairs: Travellers, seen: View) -> Changes:
+    """The statistics of pairs, all segments together. All that enters but the sign of a difference is
+    symmetric in a pair.
+    """
+    before, after, usable = _flat(pairs)
+    before, after = ((x - seen.mean) / seen.scale for x in (before, after))
     before, after = before[usable], after[usable]
-    mean = 0.5 * (before.mean(axis=0) + after.mean(axis=0)) if before.size else 0.0
-    before, after = before - mean, after - mean
-    directions = _directions(np.concatenate([before, after]), seed)
-    values = []
-    for x in (before, after):
-        projected = x @ directions
-        values.append(np.column_stack([projected, projected**2, np.mean(x**2, axis=1)]))
-    num = directions.shape[1]
-    difference, both = values[1] - values[0], np.concatenate(values)
-    if not difference.size:
-        return Changes(np.zeros(2 * num + 1), np.zeros(2 * num + 1))
-    tiny = np.finfo(np.float64).tiny
-    scale = np.append(np.sqrt(np.mean(both[:, :num] ** 2, axis=0)), np.mean(both[:, num:], axis=0))
+    if before.shape[0] < MIN_PAIRS:
+        nothing = np.zeros(2 * seen.spread.size + 1)
+        return Changes(nothing, nothing, nothing)
+    low, high = before @ seen.directions, after @ seen.directions
+    sizes = [np.sqrt(np.mean(x**2, axis=1)) for x in (before, after)]
+    total = 2 * (sizes[1] - sizes[0]) / np.maximum(sizes[1] + sizes[0], np.finfo(np.float64).tiny)
+    # The sd of a normal variable of this mean absolute deviation.
+    shift = (high - low) / (math.sqrt(math.pi / 2) * seen.spread)
+    difference = np.column_stack([shift, (np.abs(high) - np.abs(low)) / seen.spread, total])
     size = np.sqrt(np.sum(difference**2, axis=0))
     return Changes(
-        difference.mean(axis=0) / np.maximum(scale, tiny), difference.sum(axis=0) / np.maximum(size, tiny)
+        difference.mean(axis=0),
+        normal_score(difference.T),
+        difference.sum(axis=0) / np.maximum(size, np.finfo(np.float64).tiny),
     )
+
+
+def _flat(pairs: Travellers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Events as vectors in float64, NaN where unusable, and which pairs are usable."""
+    before, after = (np.asarray(x, np.float64) for x in (pairs.before, pairs.after))
+    before, after = before.reshape(*before.shape[:2], -1), after.reshape(*after.shape[:2], -1)
+    usable = np.asarray(pairs.usable) & np.all(np.isfinite(before) & np.isfinite(after), axis=2)
+    mask = usable[..., None]
+    return np.where(mask, before, np.nan), np.where(mask, after, np.nan), usable
 
 
 def _directions(x: np.ndarray, seed: int) -> np.ndarray:
@@ -154,78 +271,74 @@ def _directions(x: np.ndarray, seed: int) -> np.ndarray:
     return directions / np.maximum(np.linalg.norm(directions, axis=0), np.finfo(np.float64).tiny)
 
 
-def _batches(dim: int) -> tuple[int, int]:
-    return (BATCH, NUM_BATCHES) if dim <= MANY_DIMENSIONS else (BATCH_IN_MANY, NUM_BATCHES_IN_MANY)
-
-
-def num_round_trip_draws(dim: int) -> int:
-    """Number of prior draws that `check_round_trip` asks for: 1,056, or 144 above 256 dimensions."""
-    return math.prod(_batches(dim))
-
-
 def check_round_trip(
     key: RandomKey,
-    fly: Callable[[RandomKey, Array, Array], Travellers],
+    fly: Callable[[RandomKey, Array | None, Array, Array], Travellers],
     times: np.ndarray,
     draws: Array,
     kernel: AbstractInnerKernel,
     owner: str,
 ) -> list[Finding]:
-    """Which segment changes the law of draws that pass through it.
-
-    The first draws survey all segments; the segments that look worst are tested with the others.
+    """Which segment changes the law of draws that pass through it: of groups that look suspicious, the worst.
 
     *Law.* Right segments are spoken of at `FALSE_ALARM_RATE`, all together.
 
-    *Cost.* At most `(BATCH * segments + NUM_CHOSEN * draws) * (evaluations_per_segment + 2)` evaluations, a
-    batch at a time.
+    *Cost.* `SURVEY_EVALUATIONS`, or `MIN_PAIRS` round trips of every segment if that is more. Where something
+    is suspicious, `FRESH_DRAWS` prior draws and up to `NUM_CHOSEN` round trips of each in addition.
 
     Args:
         key: Random key.
-        fly: `travel` of a batch of draws through a segment, compiled: `fly(key, draws, index)`.
+        fly: `travel_all` of draws through segments, compiled: `fly(key, draws, taken, index)`.
         times: The time grid, shape `(segments + 1,)`.
-        draws: Draws of the prior at `t_min`, shape `(draws, *event)`; `num_round_trip_draws` of them.
+        draws: Draws of the prior at `t_min`, shape `(draws, *event)`.
         kernel: The reverse kernel.
         owner: What the user sets `segments` of, such as `RTKKernel`.
 
     Returns:
         No finding, or one: the worst segment.
     """
-    size, _ = _batches(math.prod(draws.shape[1:]))
-    batches = [draws[first : first + size] for first in range(0, draws.shape[0] - size + 1, size)]
-    num_segments = times.size - 1
+    num_segments, dim = times.size - 1, math.prod(draws.shape[1:])
     survey_key, test_key = jr.split(key)
-
-    def trip_of(key: RandomKey, index: int, batches: list[Array]) -> Changes:
-        keys = jr.split(key, len(batches))
-        parts = [
-            jax.device_get(fly(key, batch, jnp.asarray(index)))
-            for key, batch in zip(keys, batches, strict=True)
-        ]
-        return compare(Travellers(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True))), index)
-
-    if len(batches) < 2:
+    num_pairs, together = num_survey_pairs(kernel, num_segments, dim)
+    groups = np.array_split(np.arange(num_segments), -(-num_segments // together))
+    place = np.concatenate([np.arange(group.size) for group in groups])
+    # Neighbours in a group take different draws, as far as they last.
+    taken = (place[:, None] * num_pairs + np.arange(num_pairs)) % draws.shape[0]
+    flown = jax.device_get(fly(survey_key, draws, jnp.asarray(taken), jnp.arange(num_segments)))
+    suspicions = []
+    for group in groups:
+        pairs = Travellers(*(np.asarray(leaf)[group] for leaf in flown))
+        seen = view(pairs, int(group[0]))
+        changes = compare(pairs, seen)
+        score = np.abs(changes.score) * changes.large
+        statistics = np.flatnonzero(score > SUSPICIOUS)
+        if statistics.size:
+            worst = int(group[_worst_segment(pairs, seen, statistics)])
+            suspicions.append((float(np.max(score)), worst, seen, statistics))
+    if not suspicions:
         return []
-    surveyed = [
-        trip_of(key, index, batches[:1]) for index, key in enumerate(jr.split(survey_key, num_segments))
-    ]
-    suspicion = [np.max(np.abs(found.z) * (np.abs(found.change) > found.floor)) for found in surveyed]
-    chosen = [int(index) for index in np.argsort(suspicion)[::-1][:NUM_CHOSEN]]
-    tested = [
-        trip_of(key, index, batches[1:])
-        for index, key in zip(chosen, jr.split(test_key, len(chosen)), strict=True)
-    ]
-    limit = symmetric_limit(len(chosen) * tested[0].z.size)
-    excess = [
-        np.where((np.abs(found.z) > limit) & (np.abs(found.change) > found.floor), np.abs(found.z), 0.0)
-        for found in tested
-    ]
-    worst = int(np.argmax([np.max(values) for values in excess]))
-    statistic = int(np.argmax(excess[worst]))
-    if not excess[worst][statistic]:
-        return []
-    change = float(tested[worst].change[statistic])
-    return [_too_long(chosen[worst], change, _words(statistic, tested[worst]), times, kernel, owner)]
+    chosen = sorted(suspicions, key=lambda one: -one[0])[:NUM_CHOSEN]
+    segments = jnp.asarray([segment for _, segment, *_ in chosen])
+    taken = jnp.broadcast_to(jnp.arange(num_fresh_draws(dim)), (len(chosen), num_fresh_draws(dim)))
+    flown = jax.device_get(fly(test_key, None, taken, segments))
+    most, finding = symmetric_limit(sum(statistics.size for *_, statistics in chosen)), []
+    for i, (_, segment, seen, statistics) in enumerate(chosen):
+        pairs = Travellers(*(np.asarray(leaf)[i : i + 1] for leaf in flown))
+        found = compare(pairs, view(pairs)._replace(directions=seen.directions, spread=seen.spread))
+        for k in statistics:
+            if found.large[k] and abs(found.z[k]) > most:
+                most, finding = abs(found.z[k]), [_too_long(segment, k, found, times, kernel, owner)]
+    return finding
+
+
+def _worst_segment(pairs: Travellers, seen: View, statistics: np.ndarray) -> int:
+    """Where in a group something is suspicious, by the statistics that are."""
+    worst = []
+    for k in range(seen.mean.shape[0]):
+        one = Travellers(*(leaf[k : k + 1] for leaf in pairs))
+        own = seen._replace(mean=seen.mean[k : k + 1], scale=seen.scale[k : k + 1])
+        worst.append(np.max(np.abs(compare(one, own).score[statistics])))
+    return int(np.argmax(worst))
 
 
 def _words(statistic: int, found: Changes) -> str:
@@ -233,11 +346,11 @@ def _words(statistic: int, found: Changes) -> str:
     if statistic < num:
         return f"their mean moves by {abs(change):.2f} sd in one direction"
     where = "in one direction" if statistic < 2 * num else "over all coordinates"
-    return f"their variance {where} becomes {1 + change / (1 - 0.5 * change):.2f} times what it was"
+    return f"their spread {where} becomes {(1 + 0.5 * change) / (1 - 0.5 * change):.2f} times what it was"
 
 
 def _too_long(
-    index: int, change: float, words: str, times: np.ndarray, inner: AbstractInnerKernel, owner: str
+    index: int, statistic: int, found: Changes, times: np.ndarray, inner: AbstractInnerKernel, owner: str
 ) -> Finding:
     num_segments = times.size - 1
     num_steps = getattr(inner, "num_steps", None)
@@ -245,7 +358,7 @@ def _too_long(
     message = (
         f"Segment {index} of {num_segments} of `{owner}` (t={times[index]:.3g} to {times[index + 1]:.3g}) is "
         f"too long for `{type(inner).__name__}`: prior draws at its end that are noised to its start and "
-        f"brought back have another law, {words}. Draws follow another law than the network's. Give more "
-        f"segments (`segments={2 * num_segments}`, now {num_segments}){steps}."
+        f"brought back have another law, {_words(statistic, found)}. Draws follow another law than the "
+        f"network's. Give more segments (`segments={2 * num_segments}`, now {num_segments}){steps}."
     )
-    return Finding("round_trip", index, change, message)
+    return Finding("round_trip", index, float(found.change[statistic]), message)

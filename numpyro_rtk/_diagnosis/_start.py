@@ -13,11 +13,7 @@ from jaxtyping import Array
 from numpyro_rtk._diagnosis._line_integral import check_line_integral
 from numpyro_rtk._diagnosis._pilot import check_pilot, Subject
 from numpyro_rtk._diagnosis._report import say
-from numpyro_rtk._diagnosis._round_trip import (
-    check_round_trip,
-    num_round_trip_draws,
-    Travellers,
-)
+from numpyro_rtk._diagnosis._round_trip import check_round_trip, Travellers
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._reverse._base import AbstractInnerKernel
@@ -29,11 +25,6 @@ from numpyro_rtk._thresholds import MANY_DIMENSIONS
 def num_pilot_draws(dim: int) -> int:
     """Prior draws that tell whether a score fits their noise: 128, or 16 above 256 dimensions."""
     return 128 if dim <= MANY_DIMENSIONS else 16
-
-
-def num_start_draws(dim: int) -> int:
-    """Prior draws that a start needs which also checks segments."""
-    return max(num_pilot_draws(dim), num_round_trip_draws(dim) if CHECK_SEGMENTS else 0)
 
 
 def check_calibration(
@@ -83,7 +74,7 @@ CHECK_SEGMENTS = True
 
 def check_segments(
     score_fn: Any,
-    fly: Callable[[Any, Array, Array], Travellers],
+    fly: Callable[[Any, Array | None, Array, Array], Travellers],
     grid: NoiseGrid,
     draws: Array,
     kernel: AbstractInnerKernel,
@@ -95,9 +86,9 @@ def check_segments(
 
     Args:
         score_fn: The callable that the user gave.
-        fly: `travel` of a batch of draws through a segment, compiled: `fly(key, draws, index)`.
+        fly: `travel_all` of draws through segments, compiled: `fly(key, draws, taken, index)`.
         grid: Segments.
-        draws: Of the prior at `t_min`, `num_round_trip_draws` of them.
+        draws: Of the prior at `t_min`, those of a pilot.
         kernel: The reverse kernel.
         owner: What the user sets `segments` of.
     """

@@ -15,7 +15,6 @@ from numpyro.infer.gibbs import conditioned, GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import identity, is_prng_key
 
-from numpyro_rtk._diagnosis._start import check_calibration
 from numpyro_rtk._numpyro._arguments import read_init_params
 from numpyro_rtk._numpyro._collapse import warn_collapsed
 from numpyro_rtk._numpyro._likelihood import Likelihood
@@ -25,8 +24,9 @@ from numpyro_rtk._numpyro._problem import (
     draw_and_probe,
     first_calls,
     flatten_draws,
+    fly_site,
     initial_grids,
-    Measured,
+    measured_of,
     place,
     Problem,
     resolve_problem,
@@ -44,6 +44,7 @@ from numpyro_rtk._numpyro._sites import (
 from numpyro_rtk._numpyro._start_checks import (
     check_likelihood,
     check_others,
+    check_scores,
     check_sites,
     check_start,
     check_twist,
@@ -328,27 +329,24 @@ class RTKParticleGibbs(MCMCKernel):
         seen = self._program(f"probe {dtype}", probe, arrays, *settings)
         draws, grids = [one[0] for one in seen], place(problem, seen)
         pilots, terms, center = self._program(f"pilot {dtype}", pilot, draws, grids, arrays, *settings)
-        for site, grid, one in zip(problem.sites, grids, pilots, strict=True):
-            prior = site.prior
-            shape = prior.event_shape
-            check_calibration(prior.score_fn, prior.schedule, grid, shape, one.calibration, site.name)
+
+        def fly(i: int, *inputs: Any) -> Any:
+            def trips(grid: Any, curvature: Any, arrays: Any, inputs: Any, args: Any, kwargs: Any) -> Any:
+                inner = self._problem(None, args, kwargs, dtype)
+                return fly_site(inner, i, grid, curvature, arrays, inputs)
+
+            seen = (grids[i], pilots[i].curvature[1:], arrays, inputs, args, kwargs)
+            return self._program(f"trips {i} {dtype}", trips, *seen)
+
+        check_scores(problem, draws, grids, pilots, fly)
         num_observations = terms.whitened.shape[1]
         check_twist(options.twist, num_observations)
         check_likelihood(terms.log_likelihood)
         kept = num_residuals(num_observations, options.num_pilot_draws)
-        measured = tuple(
-            Measured(grid, terminal, pilot._replace(residuals=pilot.residuals[:, :kept]))
-            for grid, (_, terminal, _), pilot in zip(grids, seen, pilots, strict=True)
-        )
+        measured = measured_of(seen, grids, pilots, kept)
         floor = jnp.min(jnp.where(jnp.isfinite(terms.other), terms.other, jnp.inf))
-        shared = Shared(
-            score_arrays=problem.scores,
-            measured=measured,
-            center=center,
-            iteration=jnp.zeros((), int),
-            num_warmup=jnp.asarray(num_warmup, int),
-            restarts=jnp.ones((), bool),
-        )
+        zero, length, restarts = jnp.zeros((), int), jnp.asarray(num_warmup, int), jnp.ones((), bool)
+        shared = Shared(problem.scores, measured, center, zero, length, restarts)
         return shared, floor
 
     def sample(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.infer.gibbs import conditioned
 
+from numpyro_rtk._diagnosis._round_trip import plan_trip, travel_all, Travellers
 from numpyro_rtk._noising._grid import candidate_grid, chosen_grid, noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import resolve_levels
@@ -233,6 +234,28 @@ def run_pilots(problem: Problem, draws: list[Array], grids: list[NoiseGrid], arr
     key = jr.split(jr.key(0), 3)[1]
     models = problem.rebuild(arrays)
     return [run_pilot(key, model, grid, one) for model, grid, one in zip(models, grids, draws, strict=True)]
+
+
+def measured_of(
+    found: list[tuple[Array, Terminal, Array | None]],
+    grids: list[NoiseGrid],
+    pilots: list[Pilot],
+    num_residuals: int,
+) -> tuple[Measured, ...]:
+    """What was learnt of each site, with as many residuals as the twist needs."""
+    return tuple(
+        Measured(grid, terminal, pilot._replace(residuals=pilot.residuals[:, :num_residuals]))
+        for grid, (_, terminal, _), pilot in zip(grids, found, pilots, strict=True)
+    )
+
+
+def fly_site(
+    problem: Problem, index: int, grid: NoiseGrid, curvature: Array, arrays: Any, inputs: tuple[Any, ...]
+) -> Travellers:
+    """Round trips of one site through segments of its grid."""
+    trip = plan_trip(problem.rebuild(arrays)[index], grid, problem.kernel, curvature)
+    key, *places = inputs
+    return travel_all(key, trip, problem.sites[index].prior.noise, *places)
 
 
 def flatten_draws(problem: Problem, draws: list[Array]) -> Array:

@@ -12,8 +12,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._custom_types import Event
-from numpyro_rtk._diagnosis._round_trip import travel, Travellers, Trip
-from numpyro_rtk._diagnosis._start import check_calibration, check_segments, num_pilot_draws, num_start_draws
+from numpyro_rtk._diagnosis._round_trip import plan_trip, travel_all, Travellers
+from numpyro_rtk._diagnosis._start import check_calibration, check_segments, num_pilot_draws
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
@@ -21,10 +21,10 @@ from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, NoiseRange, resolve_se
 from numpyro_rtk._numpyro._arguments import check_site, check_target_accept_prob, read_event
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
-from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel, SegmentTuning
+from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
 from numpyro_rtk._reverse._calibration import or_zero
 from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd
-from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass, rule_step_size
+from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._checks import (
@@ -34,6 +34,7 @@ from numpyro_rtk._score._checks import (
     check_score_shape,
     first_call,
     schedule_or_assumed,
+    shown,
 )
 from numpyro_rtk._score._hoist import hoist, HoistedArrays
 from numpyro_rtk._score._model import ScoreModel
@@ -92,8 +93,10 @@ class RTKKernel(MCMCKernel):
     varies with `x` are lost, all of the size of the noise of `t_min`.
 
     *Cost.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, in
-    `state.num_score_evals`. `init` makes more: pilot
-    draws that measure the terminal Gaussian and check the score, and round trips that check the segments.
+    `state.num_score_evals`. `init` makes more: 128 pilot draws (16 above 256 dimensions) of
+    `44 + num_segments` evaluations, which measure the terminal Gaussian and check the score, and up to 4,096
+    (1,024) for round trips that check the segments, or 4 of every segment if that is more. Only where a
+    segment looks suspicious, 768 (96) further draws of 43 evaluations and up to two round trips each.
 
     *Warmup* learns, per segment, the mean curvature of `-log p_s` and a step size: dual averaging of the mean
     acceptance probability towards `target_accept_prob` for the MALA family, a rule based on the curvature
@@ -165,7 +168,7 @@ class RTKKernel(MCMCKernel):
         law = "clean data" if self._denoise else f"noise of sd {noise.data_sd:.3g} at t_min={noise.t_min:.3g}"
         return (
             f"RTKKernel({name_of(self._score_fn)}, site={self._site!r}, event_shape={shape}, "
-            f"schedule={self._schedule}, {law}, segments={self.num_segments}, inner={self._inner}, "
+            f"schedule={shown(self._schedule)}, {law}, segments={self.num_segments}, inner={self._inner}, "
             f"num_score_evals={self.num_score_evals})"
         )
 
@@ -263,9 +266,9 @@ class RTKKernel(MCMCKernel):
             grid = noise_grid(self._schedule, self._times, dtype)
             draw_key, pilot_key = jr.split(jr.key(0))
             noise = NoiseRange(self._schedule, self._times[-1], self._times[0])
-            num_draws = num_start_draws(math.prod(shape))
+            num_draws = num_pilot_draws(math.prod(shape))
             draws, terminal = prior_draws(draw_key, model, noise, shape, dtype, num_draws)
-            pilot = run_pilot(pilot_key, model, grid, or_zero(draws[: num_pilot_draws(math.prod(shape))]))
+            pilot = run_pilot(pilot_key, model, grid, or_zero(draws))
             usable, sd = or_zero(draws[:DENOISE_DRAWS]), None
             if self._denoise:
                 sd = measure_denoise_sd(jr.key(1), model, grid.level(-1), usable)
@@ -283,18 +286,16 @@ class RTKKernel(MCMCKernel):
             self._score_fn, self._schedule, grid, shape, calibration, num_failed=num_failed
         )
 
-        def fly(key: Any, draws: Array, index: Array) -> Travellers:
-            def trip(arrays: Any, curvature: Array, args: Any, kwargs: Any, *inputs: Any) -> Travellers:
-                key, draws, index = inputs
+        def fly(*inputs: Any) -> Travellers:
+            def trips(arrays: Any, curvature: Array, args: Any, kwargs: Any, inputs: Any) -> Travellers:
                 model = self._hoist(x, t, args, kwargs)[1](arrays)
                 grid = noise_grid(self._schedule, self._times, dtype)
-                mean = jnp.mean(curvature.reshape(self.num_segments, -1), axis=1)
-                step_size = rule_step_size(self._inner, grid, mean, math.prod(shape))
-                tuning = SegmentTuning(step_size, curvature)
-                return travel(key, Trip(model, grid, self._inner, tuning), draws, index)
+                noise = NoiseRange(self._schedule, self._times[-1], self._times[0])
+                key, *places = inputs
+                return travel_all(key, plan_trip(model, grid, self._inner, curvature), noise, *places)
 
-            inputs = (arrays.arrays, curvature, model_args, kwargs, key, draws, index)
-            return self._programs(f"trip {shape} {dtype}", self._score_fn, trip, *inputs)
+            seen = (arrays.arrays, curvature, model_args, kwargs, inputs)
+            return self._programs(f"trips {shape} {dtype}", self._score_fn, trips, *seen)
 
         if fits:
             check_segments(self._score_fn, fly, grid, draws, self._inner, "RTKKernel")

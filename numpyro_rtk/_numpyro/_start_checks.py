@@ -1,5 +1,6 @@
 """Models and starts that particle Gibbs cannot work on, refused in words."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,9 +8,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from numpyro_rtk._diagnosis._round_trip import Travellers
+from numpyro_rtk._diagnosis._start import check_calibration, check_segments
+from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._numpyro._problem import Problem
 from numpyro_rtk._numpyro._sites import ModelSites
 from numpyro_rtk._reverse._base import check_kernel
+from numpyro_rtk._reverse._pilot import Pilot
 from numpyro_rtk._score._checks import check_score_shape
 from numpyro_rtk._smc._twist import AbstractTwist
 
@@ -32,6 +37,39 @@ def check_sites(problem: Problem) -> None:
         x = jax.ShapeDtypeStruct(prior.event_shape, problem.dtype)
         check_kernel("reverse", problem.kernel, prior.score_fn, times.size - 1)
         check_score_shape(prior.score_fn, x, jax.ShapeDtypeStruct((), problem.dtype), (), {})
+
+
+def check_scores(
+    problem: Problem,
+    draws: list[Array],
+    grids: list[NoiseGrid],
+    pilots: list[Pilot],
+    fly: Callable[..., Travellers],
+) -> None:
+    """Ask about the score of each site, and about its segments, once for each prior.
+
+    Weights take reverse transitions to be exact: of segments that are too long the sweep keeps another law.
+
+    Args:
+        problem: The model.
+        draws: Of each site's prior.
+        grids: Of each site.
+        pilots: Of each site.
+        fly: Round trips of a site: `fly(site, key, draws, taken, index)`.
+    """
+    asked: list[Any] = []
+    for i, (site, grid) in enumerate(zip(problem.sites, grids, strict=True)):
+        prior = site.prior
+        schedule, shape, score_fn = prior.schedule, prior.event_shape, prior.score_fn
+        fits = check_calibration(score_fn, schedule, grid, shape, pilots[i].calibration, site.name)
+        known = (prior.segment_times.tolist(), str(schedule), shape, id(score_fn))
+        if fits and known not in asked:
+            asked.append(known)
+
+            def fly_site(*inputs: Any, i: int = i) -> Travellers:
+                return fly(i, *inputs)
+
+            check_segments(score_fn, fly_site, grid, draws[i], problem.kernel, "RTKParticleGibbs")
 
 
 def check_twist(twist: AbstractTwist | None, num_observations: int) -> None:

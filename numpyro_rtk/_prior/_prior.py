@@ -40,6 +40,7 @@ from numpyro_rtk._score._checks import (
     check_score_fn,
     check_score_shape,
     schedule_or_assumed,
+    shown,
 )
 from numpyro_rtk._score._model import has_energy, resolve_score
 from numpyro_rtk._user import name_of
@@ -125,6 +126,9 @@ class DiffusionPrior(dist.Distribution):
         shape = check_event_shape(event_shape)
         if shape is None:
             raise TypeError("`event_shape` must be the shape of one event, such as `(10,)`, got None.")
+        dtype = jnp.result_type(float)
+        x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
+        check_score_shape(score_fn, x, t, (), {}, in_model=True)
         schedule = schedule_or_assumed("DiffusionPrior", score_fn, schedule)
         times = resolve_segments(schedule, segments, DEFAULT_SEGMENTS)
         reverse = PreconditionedMALA() if reverse is None else reverse
@@ -136,9 +140,6 @@ class DiffusionPrior(dist.Distribution):
             raise TypeError(
                 f"`density` must be a log density such as `ProbabilityFlow()`, got {density!r}.{hint}"
             )
-        dtype = jnp.result_type(float)
-        x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
-        check_score_shape(score_fn, x, t, (), {}, in_model=True)
         density.check(score_fn, schedule, shape)
         self._parts = (score_fn, schedule, reverse, density)
         self._times = tuple(times.tolist())
@@ -150,9 +151,9 @@ class DiffusionPrior(dist.Distribution):
         batches = "" if self._batch_size is None else f", batch_size={self._batch_size}"
         return (
             f"DiffusionPrior({name_of(self.score_fn)}, event_shape={self.event_shape}, "
-            f"schedule={self.schedule}, noise of sd {self.noise.data_sd:.3g} at t_min={self._times[-1]:.3g}, "
-            f"segments={len(self._times) - 1}, reverse={self.reverse}, density={self.density}, "
-            f"num_score_evals={self.num_score_evals}{batches})"
+            f"schedule={shown(self.schedule)}, noise of sd {self.noise.data_sd:.3g} at "
+            f"t_min={self._times[-1]:.3g}, segments={len(self._times) - 1}, reverse={self.reverse}, "
+            f"density={self.density}, num_score_evals={self.num_score_evals}{batches})"
         )
 
     @property
@@ -392,8 +393,9 @@ class DiffusionPrior(dist.Distribution):
             return
         learnt = learnt_of(self, noise_grid(self.schedule, self.segment_times, dtype))
         kept = LEARNT.get(key_of(self, dtype))
-        if kept is None or density.num_nodes in kept.nodes:
+        reference = None if density.reference is None else np.asarray(density.reference).tobytes()
+        if kept is None or (density.num_nodes, reference) in kept.nodes:
             return
-        kept.nodes.add(density.num_nodes)
+        kept.nodes.add((density.num_nodes, reference))
         with jax.ensure_compile_time_eval():
             check_nodes(self.score_fn, density.reference, density.num_nodes, learnt.draws, self._times[-1])

@@ -86,6 +86,11 @@ def is_assumed(schedule: AbstractNoiseSchedule) -> bool:
     return schedule is ASSUMED_SCHEDULE
 
 
+def shown(schedule: AbstractNoiseSchedule) -> str:
+    """The schedule for a `repr`, which says if nobody named it."""
+    return f"{schedule} (assumed)" if is_assumed(schedule) else str(schedule)
+
+
 def schedule_or_assumed(owner: str, score_fn: Any, schedule: Any) -> AbstractNoiseSchedule:
     """As `resolve_schedule`, and `OU()` where there is none, which is said in the log, once a line of code.
 

@@ -10,17 +10,24 @@ import numpyro_rtk as rtk
 from numpyro_rtk._diagnosis._round_trip import (
     check_round_trip,
     compare,
-    num_round_trip_draws,
+    num_survey_pairs,
+    plan_trip,
     travel,
+    travel_all,
     Travellers,
-    Trip,
+    view,
 )
 from numpyro_rtk._noising._grid import noise_grid
-from numpyro_rtk._noising._times import segment_times
-from numpyro_rtk._reverse._base import SegmentTuning
-from numpyro_rtk._reverse._pass import rule_step_size
+from numpyro_rtk._noising._times import NoiseRange, segment_times
 from numpyro_rtk._score._model import resolve_score
 from tests.helpers import Counter
+
+
+def six_modes(schedule):
+    """On a sphere in ten dimensions."""
+    means = np.random.default_rng(0).standard_normal((6, 10))
+    means *= 1.5 / np.linalg.norm(means, axis=1, keepdims=True)
+    return rtk.GaussianMixtureScore(np.full(6, 1 / 6), means, [0.09 * np.eye(10)] * 6, schedule)
 
 
 def two_modes(schedule, dim=3, gap=1.8, sd=0.15, share=0.25):
@@ -34,7 +41,6 @@ def trip_of(mixture, inner, num_segments):
     schedule = mixture.schedule
     times = segment_times(schedule, num_segments)
     grid = noise_grid(schedule, times, jnp.float32)
-    dim = mixture.means.shape[1]
 
     def noised(key, t, num):
         data_key, noise_key = jr.split(key)
@@ -50,21 +56,20 @@ def trip_of(mixture, inner, num_segments):
 
         return jax.lax.map(of_level, (jr.split(jr.key(0), num_segments), grid.t[1:]))
 
-    curvature = curvatures()
-    step_size = rule_step_size(inner, grid, jnp.mean(curvature, axis=1), dim)
-    trip = Trip(resolve_score(lambda x, t: mixture(x, t)), grid, inner, SegmentTuning(step_size, curvature))
-    return trip, times, noised(jr.key(1), grid.t[-1], num_round_trip_draws(dim))
+    trip = plan_trip(resolve_score(lambda x, t: mixture(x, t)), grid, inner, curvatures())
+    return trip, times, noised(jr.key(1), grid.t[-1], 128)
 
 
-def checked(trip, times, draws):
-    fly = jax.jit(lambda key, draws, index: travel(key, trip, draws, index))
+def checked(trip, times, draws, schedule=None):
+    noise = NoiseRange(rtk.OU() if schedule is None else schedule, times[-1], times[0])
+    fly = jax.jit(lambda key, *places: travel_all(key, trip, noise, *places))
     return check_round_trip(jr.key(2), fly, times, draws, trip.inner, "RTKKernel")
 
 
 @pytest.mark.parametrize("schedule", [rtk.OU(), rtk.EDM()])
 def test_enough_segments_are_not_spoken_of(schedule):
     trip, times, draws = trip_of(two_modes(schedule), rtk.PreconditionedMALA(), 32)
-    assert checked(trip, times, draws) == []
+    assert checked(trip, times, draws, schedule) == []
 
 
 @pytest.mark.parametrize(
@@ -85,16 +90,23 @@ def test_segments_that_are_too_long_are_named(inner, num_segments):
         in finding.message
     )
     assert f"`segments={2 * num_segments}`" in finding.message
-    assert ("num_steps=2" in finding.message) == hasattr(inner, "num_steps")
+    steps = getattr(inner, "num_steps", 0)
+    assert (f"num_steps={2 * steps}" in finding.message) == hasattr(inner, "num_steps")
+
+
+def test_the_default_kernel_with_four_segments_is_named():
+    (finding,) = checked(*trip_of(six_modes(rtk.OU()), rtk.PreconditionedMALA(), 4))
+    assert "`segments=8`" in finding.message
+    assert "`num_steps=4`" in finding.message
 
 
 def test_a_broken_reverse_kernel_is_named_also_where_segments_are_short():
-    # The control of the silence above: the same kernel with a score that is 15 % too small on its way back.
+    # The control of the silence above: the same kernel without the score on its way back to little noise.
     trip, times, draws = trip_of(two_modes(rtk.OU()), rtk.PreconditionedMALA(num_steps=8), 16)
     mixture, middle = trip.score_fn, float(times[10])
 
     def broken(x, t):
-        return jnp.where(t < 0.9 * middle, 0.5, 1.0) * mixture(x, t)
+        return jnp.where(t < 0.9 * middle, 0.0, 1.0) * mixture(x, t)
 
     (finding,) = checked(trip._replace(score_fn=broken), times, draws)
     assert finding.index >= 10
@@ -104,8 +116,8 @@ def test_travellers_are_noised_draws_and_cost_what_is_said():
     mixture = two_modes(rtk.OU())
     trip, _, draws = trip_of(mixture, rtk.PreconditionedMALA(), 8)
     counter = Counter(mixture)
-    got = jax.jit(lambda: travel(jr.key(0), trip._replace(score_fn=counter), draws[:200], jnp.asarray(3)))()
-    assert counter.count == 200 * (trip.inner.evaluations_per_segment + 2)
+    got = jax.jit(lambda: travel(jr.key(0), trip._replace(score_fn=counter), draws, jnp.asarray(3)))()
+    assert counter.count == 128 * (trip.inner.evaluations_per_segment + 1)
     assert np.all(got.usable)
     s = trip.grid.t[4]
     for x in (got.before, got.after):
@@ -114,33 +126,78 @@ def test_travellers_are_noised_draws_and_cost_what_is_said():
         assert np.var(x[:, 0]) == pytest.approx(exact, rel=0.3)
 
 
+@pytest.mark.parametrize(("dim", "num_segments", "most"), [(3, 4, 4096), (10, 32, 4096), (1024, 32, 1024)])
+def test_a_survey_costs_a_few_passes_and_takes_neighbours_together(dim, num_segments, most):
+    inner = rtk.PreconditionedMALA()
+    num_pairs, together = num_survey_pairs(inner, num_segments, dim)
+    cost = num_segments * num_pairs * (inner.evaluations_per_segment + 1)
+    assert 0.9 * most <= cost <= most
+    assert num_pairs * together == (256 if dim < 1024 else 32)
+
+
+def test_fresh_draws_are_made_only_where_something_is_suspicious():
+    flights = []
+
+    def fly_of(trip, times):
+        noise = NoiseRange(rtk.OU(), times[-1], times[0])
+        compiled = jax.jit(lambda key, *places: travel_all(key, trip, noise, *places))
+
+        def fly(key, draws, taken, index):
+            flights.append((None if draws is None else draws.shape[0], taken.shape, np.asarray(index)))
+            return compiled(key, draws, taken, index)
+
+        return fly
+
+    few, times, draws = trip_of(two_modes(rtk.OU()), rtk.ULD(num_steps=1), 6)
+    (finding,) = check_round_trip(jr.key(2), fly_of(few, times), times, draws, few.inner, "RTKKernel")
+    # 4096 evaluations are 227 round trips of 6 segments at 3 each; then 768 draws in suspicious segments.
+    (first, shape, _), (second, tested, index) = flights
+    assert (first, shape, second, tested[1]) == (128, (6, 227), None, 768)
+    assert finding.index in index
+    assert tested[0] <= 2
+
+    flights.clear()
+    # The survey of the same segments is silent where draws do not move: nothing is suspicious.
+    still = lambda key, draws, taken, index: fly_of(few, times)(key, draws, taken, index)
+    unmoved = lambda *places: still(*places)._replace(after=still(*places).before)
+    assert check_round_trip(jr.key(2), unmoved, times, draws, few.inner, "RTKKernel") == []
+    assert all(drawn == 128 for drawn, *_ in flights)
+
+
 def pairs(num=400, dim=6):
+    """Exchangeable pairs of two segments."""
     rng = np.random.default_rng(0)
-    shared = rng.standard_normal((num, dim)) + rng.standard_exponential((num, 1))
-    before, after = (shared + 0.5 * rng.standard_normal((num, dim)) for _ in range(2))
-    return before, after, np.ones(num, bool)
+    shared = rng.standard_normal((2, num // 2, dim)) + rng.standard_exponential((2, num // 2, 1))
+    shared[1] *= 3
+    before, after = (shared + 0.5 * rng.standard_normal(shared.shape) for _ in range(2))
+    return before, after, np.ones(shared.shape[:2], bool)
+
+
+def compared(*leaves):
+    travellers = Travellers(*leaves)
+    return compare(travellers, view(travellers))
 
 
 def test_exchanging_the_pairs_changes_the_sign_and_nothing_else():
     before, after, usable = pairs()
-    one, other = compare(Travellers(before, after, usable)), compare(Travellers(after, before, usable))
+    one, other = compared(before, after, usable), compared(after, before, usable)
     np.testing.assert_allclose(np.abs(one.z), np.abs(other.z), rtol=1e-9)
     np.testing.assert_allclose(one.change[-1], -other.change[-1], rtol=1e-9)
     assert np.max(np.abs(one.z)) < 4
 
 
 @pytest.mark.parametrize(
-    "break_", [lambda x: x + 0.3, lambda x: 1.15 * x, lambda x: np.where(x > 2, 2 * x, x)]
+    "break_", [lambda x: x + 0.4, lambda x: 1.15 * x, lambda x: np.where(x > 2, 2 * x, x)]
 )
 def test_a_change_of_the_law_is_seen(break_):
     before, after, usable = pairs()
-    found = compare(Travellers(before, break_(after), usable))
-    assert np.max(np.abs(found.z) * (np.abs(found.change) > found.floor)) > 6
+    found = compared(before, break_(after), usable)
+    assert np.max(np.abs(found.z) * found.large) > 6
 
 
 def test_pairs_that_failed_are_left_out():
     before, after, usable = pairs()
-    after[3], after[5], usable[5] = np.nan, 1e6, False
-    assert np.max(np.abs(compare(Travellers(before, after, usable)).z)) < 4
-    nothing = compare(Travellers(before, np.nan * after, usable))
+    after[0, 3], after[1, 5], usable[1, 5] = np.nan, 1e6, False
+    assert np.max(np.abs(compared(before, after, usable).z)) < 4
+    nothing = compared(before, np.nan * after, usable)
     assert np.all(nothing.z == 0)

@@ -1,6 +1,7 @@
 """What users see when a kernel starts: errors, warnings and the first line of the log, and silence."""
 
 import logging
+import re
 import warnings
 
 import jax.numpy as jnp
@@ -76,6 +77,34 @@ def test_segments_that_are_too_long_are_warned_of(segments_are_checked):
         kernel.init(jr.key(0), 10, None, (), {})
 
 
+def test_particle_gibbs_is_asked_about_its_transitions_once_for_a_prior(segments_are_checked):
+    score_fn = two_modes(rtk.OU(), 0.15)
+    prior = rtk.DiffusionPrior(score_fn, (3,), rtk.OU())
+
+    def model():
+        x, z = numpyro.sample("x", prior), numpyro.sample("z", prior)
+        numpyro.sample("y", dist.Normal(x + z, 0.5).to_event(1), obs=jnp.ones(3))
+
+    kernel = rtk.RTKParticleGibbs(model, segments=4, reverse=rtk.GaussianTransition())
+    with pytest.warns(UserWarning, match=r"Segment \d of 4 of `RTKParticleGibbs`.*`GaussianT") as caught:
+        kernel.init(jr.key(0), 10, None, (), {})
+    assert sum("Segment" in str(one.message) for one in caught) == 1
+
+
+@pytest.mark.parametrize("name", ["RTKParticleGibbs", "ScoreHMC"])
+@pytest.mark.parametrize("shape", [(4,), (3, 1), ()])
+def test_a_shape_that_does_not_fit_the_network_is_asked_about_first_of_all(name, shape):
+    score_fn = two_modes(rtk.OU())
+
+    def model():
+        # Wrong in its schedule and its likelihood, too.
+        x = numpyro.sample("x", rtk.DiffusionPrior(score_fn, shape, "OU"))
+        numpyro.sample("y", dist.Normal(x @ jnp.ones((7, 7)), 0.5).to_event(1), obs=jnp.full(7, jnp.nan))
+
+    with pytest.raises(ValueError, match=rf"event of shape {re.escape(str(shape))}"):
+        getattr(rtk, name)(model).init(jr.key(0), 10, None, (), {})
+
+
 def test_nodes_that_are_too_few_are_warned_of_at_the_first_density():
     score_fn = two_modes(rtk.OU(), 0.1)
     few = rtk.DiffusionPrior(score_fn, (3,), density=rtk.LineIntegral(num_nodes=6))
@@ -85,6 +114,24 @@ def test_nodes_that_are_too_few_are_warned_of_at_the_first_density():
         warnings.simplefilter("error")
         few.log_prob(jnp.zeros(3))
         rtk.DiffusionPrior(score_fn, (3,), density=rtk.LineIntegral(num_nodes=256)).log_prob(jnp.zeros(3))
+
+
+def test_nodes_are_asked_about_again_for_another_reference():
+    score_fn = two_modes(rtk.OU(), 0.1)
+
+    def log_prob(reference):
+        density = rtk.LineIntegral(reference, num_nodes=320)
+        return rtk.DiffusionPrior(score_fn, (3,), rtk.OU(), density=density).log_prob(jnp.zeros(3))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_prob(jnp.array([0.9, 0.5, 0.0]))
+    # The lines from far away are longer than these nodes resolve.
+    with pytest.warns(UserWarning, match=r"`LineIntegral\(num_nodes=320\)`"):
+        log_prob(jnp.array([60.0, 0.0, 0.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_prob(jnp.array([60.0, 0.0, 0.0]))
 
 
 def test_an_assumed_schedule_is_said_in_the_log_once_a_line(caplog):
@@ -99,3 +146,15 @@ def test_an_assumed_schedule_is_said_in_the_log_once_a_line(caplog):
         (record,) = caplog.records
     assert "assumes the noising process `OU()`" in record.getMessage()
     assert __file__ in record.getMessage()
+
+
+def test_what_is_printed_says_that_a_schedule_is_assumed():
+    score_fn = lambda x, t: -x
+    for show in (
+        lambda **o: rtk.RTKKernel(score_fn, **o),
+        lambda **o: rtk.DiffusionPrior(score_fn, (2,), **o),
+    ):
+        assert "schedule=OU() (assumed)," in repr(show())
+        assert "assumed" not in repr(show(schedule=rtk.OU()))
+    mixture = rtk.GaussianMixtureScore([1.0], [[0.0, 0.0]], [np.eye(2)], rtk.OU())
+    assert "assumed" not in repr(rtk.RTKKernel(mixture))
