@@ -114,13 +114,13 @@ class ProbabilityFlow(AbstractLogDensity):
     of the data noised to `t_max`, measured where `sample` measures them: data need not be standardised.
 
     *Law.* With the exact score, the density of `p_{t_min}`, up to the tolerance and to what is left of the
-    data at `t_max` beyond its mean and variance. With a network, the density of the flow, whose gradient differs from the score as much as
-    the network differs from a score. NUTS and HMC follow the value: the gradient only decides how well they
-    move. The exact trace is exact. Hutchinson's replaces `trace J` by the mean of `v^T J v` over `num_probes`
-    fixed random sign vectors `v`: a smooth function of `x`, not noise, but with an error of standard
-    deviation `sqrt(2 / num_probes) |off-diagonal of J|` at every step that changes with `x`, and NUTS follows
-    it. Normalising constants and comparisons of models can live with that; for NUTS in high dimension use
-    `LineIntegral` or an energy.
+    data at `t_max` beyond its mean and variance. With a network, the density of the flow, whose gradient
+    differs from the score as much as the network differs from a score. NUTS and HMC follow the value: the
+    gradient only decides how well they move. The exact trace is exact. Hutchinson's replaces `trace J` by
+    the mean of `v^T J v` over `num_probes` fixed random sign vectors `v`: a smooth function of `x`, not
+    noise, but with an error of standard deviation `sqrt(2 / num_probes) |off-diagonal of J|` at every step
+    that changes with `x`, and NUTS follows it. Normalising constants and comparisons of models can live
+    with that; for NUTS in high dimension use `LineIntegral` or an energy.
 
     *Cost.* Per value, as many score evaluations as the solver needs (see `docs/priors.md`: about 60 to 200),
     each with `size of the event` Jacobian-vector products (exact) or `num_probes` (Hutchinson). Under `vmap`
