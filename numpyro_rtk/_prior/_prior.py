@@ -74,7 +74,7 @@ class DiffusionPrior(dist.Distribution):
     the tuning is a property of the prior. It is kept for the same `score_fn` object, and is learnt while
     tracing, not in the compiled program, unless `score_fn` depends on tracers. All draws of one call are made
     together, in memory too, unless `batch_size` says how many at a time. A draw that met something non-finite
-    is NaN.
+    is NaN. Whether segments are too long is checked by kernels only: `RTKKernel` of the same arguments tells.
 
     *Density.* Its gradient is the score at `t_min`, one evaluation, in forward and reverse mode. The value is
     `density`'s: the energy of the network if there is one, else the probability flow, or above 100 dimensions
