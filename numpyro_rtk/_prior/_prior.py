@@ -73,8 +73,8 @@ class DiffusionPrior(dist.Distribution):
     evaluations, 1,264 by default, 16 at a time, and two to check the score. They have a fixed key, so that
     the tuning is a property of the prior. It is kept for the same `score_fn` object, and is learnt while
     tracing, not in the compiled program, unless `score_fn` depends on tracers. All draws of one call are made
-    together, in memory too, unless `batch_size` says how many at a time. A draw that met something non-finite
-    is NaN. Whether segments are too long is checked by kernels only: `RTKKernel` of the same arguments tells.
+    together, in memory too, unless `batch_size` says how many at a time. A draw that failed is NaN. Segments
+    that are too long are not looked for: `RTKKernel` of the same arguments tells.
 
     *Density.* Its gradient is the score at `t_min`, one evaluation, in forward and reverse mode. The value is
     `density`'s: the energy of the network if there is one, else the probability flow, or above 100 dimensions
@@ -211,16 +211,8 @@ class DiffusionPrior(dist.Distribution):
         is_array = [eqx.is_array(leaf) for leaf in leaves]
         arrays = tuple(leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic)
         static = tuple(None if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True))
-        rest = (
-            structure,
-            tuple(is_array),
-            static,
-            (self._times, self._batch_size),
-            self.batch_shape,
-            self.event_shape,
-            self._validate_args,
-        )
-        return arrays, rest
+        settings = (tuple(is_array), static, (self._times, self._batch_size))
+        return arrays, (structure, *settings, self.batch_shape, self.event_shape, self._validate_args)
 
     @classmethod
     def tree_unflatten(cls, aux_data: Any, params: Any) -> "DiffusionPrior":
@@ -393,9 +385,12 @@ class DiffusionPrior(dist.Distribution):
             return
         learnt = learnt_of(self, noise_grid(self.schedule, self.segment_times, dtype))
         kept = LEARNT.get(key_of(self, dtype))
-        reference = None if density.reference is None else np.asarray(density.reference).tobytes()
-        if kept is None or (density.num_nodes, reference) in kept.nodes:
+        asked = (
+            density.num_nodes,
+            None if density.reference is None else np.asarray(density.reference).tobytes(),
+        )
+        if kept is None or asked in kept.nodes:
             return
-        kept.nodes.add((density.num_nodes, reference))
+        kept.nodes.add(asked)
         with jax.ensure_compile_time_eval():
             check_nodes(self.score_fn, density.reference, density.num_nodes, learnt.draws, self._times[-1])
