@@ -145,7 +145,10 @@ def main():
 
     figure, axes = plt.subplots(2, 4, figsize=(12, 6), layout="constrained")
     for axis, (title, image) in zip(axes.ravel(), panels.items(), strict=True):
-        figure.colorbar(axis.imshow(image, cmap="viridis" if "sd" in title else "magma"), ax=axis, shrink=0.8)
+        is_sd = title.endswith("sd")
+        low, high = (0, None) if is_sd else (-0.05, truths.max())
+        shown = axis.imshow(image, cmap="viridis" if is_sd else "magma", vmin=low, vmax=high)
+        figure.colorbar(shown, ax=axis, shrink=0.8)
         axis.set_title(title)
         axis.set_axis_off()
     figure.savefig(options.output / "galaxy_blend.png", dpi=150)

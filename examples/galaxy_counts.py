@@ -97,9 +97,11 @@ def main():
         "posterior mean": images.mean((0, 1)),
         "posterior sd": images.std((0, 1)),
     }
+    scales = {"counts": ("magma", 0, None), "posterior sd": ("viridis", 0, None)}
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
     for axis, (title, image) in zip(axes, panels.items(), strict=True):
-        figure.colorbar(axis.imshow(image, cmap="viridis" if "sd" in title else "magma"), ax=axis, shrink=0.8)
+        cmap, low, high = scales.get(title, ("magma", truth.min(), truth.max()))
+        figure.colorbar(axis.imshow(image, cmap=cmap, vmin=low, vmax=high), ax=axis, shrink=0.8)
         axis.set_title(title)
         axis.set_axis_off()
     figure.savefig(options.output / "galaxy_counts.png", dpi=150)
