@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import resource
 
 
 # Compiling is most of what tests do: LLVM's optimisations cost twice what they save here, and so do the
@@ -35,13 +36,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-def many_mappings():
-    """Every compiled program holds memory mappings, of which Linux allows a process 65,530; running out is a
-    crash.
+def many_programs():
+    """Every compiled program holds memory, and mappings of it, of which Linux allows a process 65,530; running
+    out of either is a crash.
     """
     try:
-        with open("/proc/self/maps") as maps:
-            return sum(1 for _ in maps) > 25_000
+        with open("/proc/self/maps") as maps, open("/proc/self/statm") as pages:
+            resident = int(pages.read().split()[1]) * resource.getpagesize()
+            return resident > 2e9 or sum(1 for _ in maps) > 20_000
     except OSError:  # another system: no way to know
         return True
 
@@ -50,7 +52,7 @@ def many_mappings():
 def forget_programs():
     """When there are many: forgetting takes seconds, and what modules share is compiled again."""
     yield
-    if many_mappings():
+    if many_programs():
         jax.clear_caches()
         gc.collect()
 
