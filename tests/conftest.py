@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 
 def many_programs():
-    """Every compiled program holds memory, and mappings of it, of which Linux allows a process 65,530; running
+    """Every compiled program holds memory and mappings of it, of which Linux allows a process 65,530. Running
     out of either is a crash.
     """
     try:
