@@ -35,17 +35,17 @@ from numpyro_rtk._score._model import ScoreModel
 from numpyro_rtk._thresholds import MANY_DIMENSIONS
 
 
-SURVEY_EVALUATIONS, SURVEY_EVALUATIONS_IN_MANY = 4096, 1024
+SURVEY_EVALUATIONS, SURVEY_EVALUATIONS_IN_MANY = 16384, 1024
 """Score evaluations of the survey, about; in many dimensions each draw tells more and costs more."""
-SURVEY_PAIRS, SURVEY_PAIRS_IN_MANY = 256, 32
+SURVEY_PAIRS, SURVEY_PAIRS_IN_MANY = 1024, 32
 """Pairs that the survey looks at together, from one segment or from neighbours."""
 MIN_PAIRS = 4
 """Fewest pairs of a segment in the survey."""
-FRESH_DRAWS, FRESH_DRAWS_IN_MANY = 768, 96
+FRESH_DRAWS, FRESH_DRAWS_IN_MANY = 3072, 160
 """Draws of the test that follows a suspicion."""
 NUM_CHOSEN = 2
 """Suspicious groups of which the worst segment is tested."""
-SUSPICIOUS = 3.0
+SUSPICIOUS = 2.5
 """Normal score of the survey that is looked into."""
 MIN_SHIFT, MIN_SPREAD, MIN_TOTAL_SPREAD = 0.15, 0.075, 0.04
 """Change from which it is said: of a mean in sds, of the spread in one direction and over all coordinates

@@ -94,9 +94,9 @@ class RTKKernel(MCMCKernel):
 
     *Cost.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, in
     `state.num_score_evals`. `init` makes more: 128 pilot draws (16 above 256 dimensions) of
-    `44 + num_segments` evaluations, which measure the terminal Gaussian and check the score, and up to 4,096
+    `44 + num_segments` evaluations, which measure the terminal Gaussian and check the score, and up to 16,384
     (1,024) for round trips that check the segments, or 4 of every segment if that is more. Only where a
-    segment looks suspicious, 768 (96) further draws of 43 evaluations and up to two round trips each.
+    segment looks suspicious, 3,072 (160) further draws of 43 evaluations and up to two round trips each.
 
     *Warmup* learns, per segment, the mean curvature of `-log p_s` and a step size: dual averaging of the mean
     acceptance probability towards `target_accept_prob` for the MALA family, a rule based on the curvature

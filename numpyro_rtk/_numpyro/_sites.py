@@ -68,6 +68,11 @@ class Unweighted(dist.Distribution):
         )
 
 
+_BY_VALUES = (
+    ", or use NumPyro's `DiscreteHMCGibbs(NUTS(model))` with `density=ProbabilityFlow()`, whose values are "
+    "normalised and serve a discrete latent."
+)
+
 WRAPPERS: Any = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
 """What `expand`, `to_event` and `mask` give; exact types, as a subclass may have a `log_prob` of its own."""
 
@@ -384,13 +389,7 @@ def _refuse_dependent(
         raise ValueError(
             f"The score of {'observed ' * (name in observed)}diffusion site {name!r} depends on latent "
             f"site{'s' * (len(names) > 1)} {on}, and `{owner}` needs scores that are fixed given the model's "
-            "arguments. Pass what it is conditioned on as data"
-            + (
-                ", or use NumPyro's `DiscreteHMCGibbs(NUTS(model))` with `density=ProbabilityFlow()`, whose "
-                "values are normalised and serve a discrete latent."
-                if by_values
-                else "."
-            )
+            "arguments. Pass what it is conditioned on as data" + (by_values * _BY_VALUES or ".")
         )
 
 

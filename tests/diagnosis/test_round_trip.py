@@ -94,6 +94,12 @@ def test_segments_that_are_too_long_are_named(inner, num_segments):
     assert (f"num_steps={2 * steps}" in finding.message) == hasattr(inner, "num_steps")
 
 
+def test_sharp_modes_whose_weights_four_segments_change_are_named():
+    inner = rtk.PreconditionedMALA(num_steps=1, energy_difference=rtk.Simpson(), max_step_size=4.0)
+    (finding,) = checked(*trip_of(two_modes(rtk.OU(), 5, 2.2, 0.13, 0.25), inner, 4))
+    assert "`segments=8`" in finding.message
+
+
 def test_the_default_kernel_with_four_segments_is_named():
     (finding,) = checked(*trip_of(six_modes(rtk.OU()), rtk.PreconditionedMALA(), 4))
     assert "`segments=8`" in finding.message
@@ -126,13 +132,13 @@ def test_travellers_are_noised_draws_and_cost_what_is_said():
         assert np.var(x[:, 0]) == pytest.approx(exact, rel=0.3)
 
 
-@pytest.mark.parametrize(("dim", "num_segments", "most"), [(3, 4, 4096), (10, 32, 4096), (1024, 32, 1024)])
+@pytest.mark.parametrize(("dim", "num_segments", "most"), [(3, 4, 16384), (10, 32, 16384), (1024, 32, 1024)])
 def test_a_survey_costs_a_few_passes_and_takes_neighbours_together(dim, num_segments, most):
     inner = rtk.PreconditionedMALA()
     num_pairs, together = num_survey_pairs(inner, num_segments, dim)
     cost = num_segments * num_pairs * (inner.evaluations_per_segment + 1)
     assert 0.9 * most <= cost <= most
-    assert num_pairs * together == (256 if dim < 1024 else 32)
+    assert num_pairs * together == (1024 if dim < 1024 else 32)
 
 
 def test_fresh_draws_are_made_only_where_something_is_suspicious():
@@ -150,9 +156,9 @@ def test_fresh_draws_are_made_only_where_something_is_suspicious():
 
     few, times, draws = trip_of(two_modes(rtk.OU()), rtk.ULD(num_steps=1), 6)
     (finding,) = check_round_trip(jr.key(2), fly_of(few, times), times, draws, few.inner, "RTKKernel")
-    # 4096 evaluations are 227 round trips of 6 segments at 3 each; then 768 draws in suspicious segments.
+    # 16384 evaluations are 910 round trips of 6 segments at 3 each; then 3072 draws in suspicious segments.
     (first, shape, _), (second, tested, index) = flights
-    assert (first, shape, second, tested[1]) == (128, (6, 227), None, 768)
+    assert (first, shape, second, tested[1]) == (128, (6, 910), None, 3072)
     assert finding.index in index
     assert tested[0] <= 2
 
