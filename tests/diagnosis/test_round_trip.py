@@ -94,18 +94,21 @@ def test_segments_that_are_too_long_are_named(inner, num_segments):
     assert (f"num_steps={2 * steps}" in finding.message) == hasattr(inner, "num_steps")
 
 
+@pytest.mark.slow
 def test_sharp_modes_whose_weights_four_segments_change_are_named():
     inner = rtk.PreconditionedMALA(num_steps=1, energy_difference=rtk.Simpson(), max_step_size=4.0)
     (finding,) = checked(*trip_of(two_modes(rtk.OU(), 5, 2.2, 0.13, 0.25), inner, 4))
     assert "`segments=8`" in finding.message
 
 
+@pytest.mark.slow
 def test_the_default_kernel_with_four_segments_is_named():
     (finding,) = checked(*trip_of(six_modes(rtk.OU()), rtk.PreconditionedMALA(), 4))
     assert "`segments=8`" in finding.message
     assert "`num_steps=4`" in finding.message
 
 
+@pytest.mark.slow
 def test_a_broken_reverse_kernel_is_named_also_where_segments_are_short():
     # The control of the silence above: the same kernel without the score on its way back to little noise.
     trip, times, draws = trip_of(two_modes(rtk.OU()), rtk.PreconditionedMALA(num_steps=8), 16)
@@ -141,6 +144,7 @@ def test_a_survey_costs_a_few_passes_and_takes_neighbours_together(dim, num_segm
     assert num_pairs * together == (1024 if dim < 1024 else 32)
 
 
+@pytest.mark.slow
 def test_fresh_draws_are_made_only_where_something_is_suspicious():
     flights = []
 

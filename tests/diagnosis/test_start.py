@@ -65,6 +65,7 @@ def test_the_score_of_another_schedule_is_warned_of_once(name):
         start(name, score_fn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_right_scores_start_in_silence(name, segments_are_checked):
     start(name, two_modes(rtk.OU()))
@@ -77,6 +78,7 @@ def test_segments_that_are_too_long_are_warned_of(segments_are_checked):
         kernel.init(jr.key(0), 10, None, (), {})
 
 
+@pytest.mark.slow
 def test_particle_gibbs_is_asked_about_its_transitions_once_for_a_prior(segments_are_checked):
     score_fn = two_modes(rtk.OU(), 0.15)
     prior = rtk.DiffusionPrior(score_fn, (3,), rtk.OU())
@@ -116,6 +118,7 @@ def test_nodes_that_are_too_few_are_warned_of_at_the_first_density():
         rtk.DiffusionPrior(score_fn, (3,), density=rtk.LineIntegral(num_nodes=256)).log_prob(jnp.zeros(3))
 
 
+@pytest.mark.slow
 def test_nodes_are_asked_about_again_for_another_reference():
     score_fn = two_modes(rtk.OU(), 0.1)
 

@@ -95,6 +95,7 @@ def count_traces(monkeypatch):
 # Chain methods
 
 
+@pytest.mark.slow
 def test_chain_methods_agree():
     kernel = make_kernel()
     reference = run(kernel, num_chains=2, chain_method="sequential", key=jr.key(3))

@@ -235,6 +235,7 @@ def test_signature_shows_the_options():
     assert all(shown[name].default == options[name].default for name in list(options)[1:])
 
 
+@pytest.mark.slow
 def test_fields_by_their_names():
     names = ("particle_ess", "depth", "energy", "local_accept_prob")
     mcmc = run(RTKGibbs(NUTS(unknown_noise), **OPTIONS), Y, num_warmup=3, num_samples=4, extra_fields=names)

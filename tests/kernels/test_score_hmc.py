@@ -301,6 +301,7 @@ def test_no_chain_runs_away():
     assert x.min() > -25
 
 
+@pytest.mark.slow
 def test_one_evaluation_per_leapfrog_step():
     counter = Counter(standard_normal)
     counter.schedule = rtk.OU()

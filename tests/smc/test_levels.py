@@ -265,6 +265,7 @@ def test_levels_placed_where_modes_part_give_them_their_weights():
     assert errors[1] > 0.018, errors
 
 
+@pytest.mark.slow
 def test_difficulty_costs_two_evaluations_per_draw_and_probed_level():
     score = Counter(gaussian(rtk.OU())[0])
     candidates = candidate_grid(noise_range(rtk.OU()), NUM_SEGMENTS, jnp.float32)
