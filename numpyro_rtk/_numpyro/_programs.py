@@ -1,13 +1,22 @@
-"""Compiled programs of `init`, kept for as long as a kernel lives: what was compiled once is not compiled
-again.
-"""
+"""Compiled programs of `init`, kept with a kernel: what was compiled once is not compiled again."""
 
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
+
+
+MAX_PROGRAMS = 32
+"""Programs that a process keeps; those that were not used for longest are compiled again when asked for.
+NumPyro keeps every `MCMC` that ran, with its kernel, and a program holds hundreds of memory mappings, of
+which Linux allows a process 65,530: a long notebook would end in LLVM's "cannot allocate memory".
+"""
+
+_RECENT: OrderedDict[Any, Any] = OrderedDict()
 
 
 class Programs:
@@ -38,6 +47,7 @@ class Programs:
         dynamic, static = eqx.partition(args, _is_array)
         leaves, structure = jax.tree.flatten(static)
         known = (name, _Identity(owner), structure, tuple(_hashable(leaf) for leaf in leaves))
+        self._keep(known)
         if known not in self._functions:
             self._functions[known] = jax.jit(lambda dynamic: function(*eqx.combine(dynamic, static)))
         general = self._functions[known]
@@ -47,6 +57,15 @@ class Programs:
             except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
                 self._functions[known] = None
         return jax.jit(lambda: function(*args))()
+
+    def _keep(self, known: Any) -> None:
+        """Make this program the one used last, and forget the one that was not used for longest."""
+        _RECENT[id(self), known] = weakref.ref(self)
+        _RECENT.move_to_end((id(self), known))
+        if len(_RECENT) > MAX_PROGRAMS:
+            (_, oldest), owner = _RECENT.popitem(last=False)
+            if (programs := owner()) is not None:
+                programs._functions.pop(oldest, None)
 
 
 def _is_array(leaf: Any) -> bool:
