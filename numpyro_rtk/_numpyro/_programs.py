@@ -62,7 +62,7 @@ class Programs:
         """Make this program the one used last, and forget the one that was not used for longest."""
         _RECENT[id(self), known] = weakref.ref(self)
         _RECENT.move_to_end((id(self), known))
-        if len(_RECENT) > MAX_PROGRAMS:
+        while len(_RECENT) > MAX_PROGRAMS:
             (_, oldest), owner = _RECENT.popitem(last=False)
             if (programs := owner()) is not None:
                 programs._functions.pop(oldest, None)

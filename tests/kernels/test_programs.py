@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 
 import jax.numpy as jnp
 
@@ -11,6 +12,7 @@ from numpyro_rtk._numpyro._programs import Programs
 
 def test_the_program_that_was_not_used_for_longest_is_forgotten(monkeypatch):
     monkeypatch.setattr(_programs, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(_programs, "_RECENT", OrderedDict())
     traces, owner = [], object()
 
     def function(name, x):
