@@ -31,7 +31,7 @@ from numpyro_rtk._prior._derivative import log_density_with_score
 from numpyro_rtk._prior._latents import running_latents
 from numpyro_rtk._prior._learnt import key_of, LEARNT, learnt_of
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
-from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd, NUM_ERROR_DRAWS
+from numpyro_rtk._reverse._denoise import denoise_event, draw_clean, measure_denoise_sd
 from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._checks import (
@@ -334,10 +334,12 @@ class DiffusionPrior(dist.Distribution):
     def clean_draws(self, key: RandomKey, draws: ArrayLike) -> Array:
         """Draws of clean data `x_0`, given draws with the noise of `t_min`, of the prior or of a posterior.
 
-        *Law.* `denoise(x) + denoise_sd_of(draws) * noise`: the mean and variance of `x_0` by coordinate. That
-        what is added is correlated, not normal, and larger at some draws is lost.
+        *Law.* `denoise(x) + sd * noise`: the mean and variance of `x_0` by coordinate. That what is added is
+        correlated, not normal, and larger at some draws is lost. `sd` is `denoise_sd_of` 32 of the draws,
+        noised anew: a network's slope at one draw is rough, and what draws have in common, as those of a
+        short chain, does not average out.
 
-        *Cost.* One score evaluation for each draw, and at most 1,008 more.
+        *Cost.* One score evaluation for each draw, and at most 1,024 more.
 
         Args:
             key: Random key.
@@ -345,9 +347,8 @@ class DiffusionPrior(dist.Distribution):
         """
         x = self._events("clean_draws", draws)
         events = x.reshape(-1, *self.event_shape)
-        sd = self.denoise_sd_of(events[:: max(len(events) // NUM_ERROR_DRAWS, 1)])
-        mean = jax.lax.map(self.denoise, events, batch_size=self._batch_size or NUM_ERROR_DRAWS)
-        return (mean + sd[None] * jr.normal(key, events.shape, x.dtype)).reshape(x.shape)
+        data = noise_grid(self.schedule, self.segment_times, x.dtype).level(-1)
+        return draw_clean(key, self.score_fn, data, events, self._batch_size).reshape(x.shape)
 
     def _events(self, method: str, value: ArrayLike) -> Array:
         """Checked values of shape `(*batch, *event_shape)`, floating point."""

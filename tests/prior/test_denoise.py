@@ -118,6 +118,21 @@ def test_draws_of_clean_data_given_a_posterior(mean, sd):
     assert not right(denoised + np.asarray(prior.denoise_sd) * normal[1])  # that of both modes
 
 
+def test_what_denoising_leaves_open_at_draws_that_resemble_each_other():
+    """A network is rough: at one draw its slope has either sign, and what is cut at zero is lost."""
+    length = 0.2 * SIGMA
+
+    def rough(x, t):
+        return -x + 1.5 * length / SIGMA**2 * jnp.sin(x / length)
+
+    prior, x = make_prior(rough, (200,)), jr.normal(jr.key(0), (200,))
+    alike = jnp.broadcast_to(x, (400, 200))
+    left = np.asarray(prior.clean_draws(jr.key(1), alike) - prior.denoise(alike))
+    deviation = lambda sd: np.sqrt(np.mean((sd / SIGMA - 1) ** 2))
+    assert deviation(left.std(0)) < 0.2
+    assert deviation(np.asarray(prior.denoise_sd_of(alike))) > 0.4
+
+
 def test_draws_of_clean_data_in_batches():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 2, 3)), jnp.float32)
     whole, batches = (make_prior(batch_size=size).clean_draws(jr.key(0), x) for size in (None, 3))
