@@ -17,7 +17,6 @@ from numpyro.infer.util import _transforms_from_trace
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._diagnosis._start import check_calibration
-from numpyro_rtk._moves._accept import LINE_INTEGRAL_ACCEPT_PROB
 from numpyro_rtk._moves._leapfrog import Leaves
 from numpyro_rtk._numpyro._arguments import read_start, resolved_strategy
 from numpyro_rtk._numpyro._programs import Programs
@@ -52,13 +51,12 @@ class ScoreHMC(MCMCKernel):
 
     *Law.* The posterior of the model up to the error of the line integral, which is of fourth order in the
     step size; no error for priors that are Gaussian, and none for those whose `score_fn` has a method
-    `energy`, which is then used. Measured on skewed, quartic and bimodal laws in 10 dimensions from scores
-    alone: means and variances within 0.4 % at an acceptance of 0.96, 1 % at 0.92 and 2 % at 0.8, hence the
-    high default of `target_accept_prob` (`tests/moves/test_leapfrog.py`; the plain trapezoid rule is ten
-    times worse, as bad as no accept step). Trajectories whose steps are too coarse for the line integral are
-    rejected and set `unresolved`, which warmup counts as acceptance 0; many of them after the warmup call for
-    a higher `target_accept_prob`. It moves within modes and between close ones; for modes far apart use
-    `RTKParticleGibbs`, or `RTKGibbs`.
+    `energy`, which is then used. Measured from scores alone, on a skewed and a bimodal law in 1, 2 and 10
+    dimensions (`python -m benchmarks.bias`): means within 0.015 sd and variances within 1.5 %, hence the high
+    default of `target_accept_prob`; at 0.9 they are off by 0.19 sd and 35 % in one dimension. Trajectories
+    whose steps are too coarse for the line integral are rejected and set `unresolved`, which warmup counts as
+    acceptance 0; many of them after the warmup call for a higher `target_accept_prob`. It moves within modes
+    and between close ones; for modes far apart use `RTKParticleGibbs`, or `RTKGibbs`.
 
     *Cost.* One score evaluation per leapfrog step and event of each diffusion site, in
     `state.num_score_evals`. The end of a trajectory is the start of the next. Chains that are vectorized wait
@@ -88,7 +86,8 @@ class ScoreHMC(MCMCKernel):
         adapt_mass_matrix: Whether warmup adapts the mass matrix.
         dense_mass: Whether the mass matrix is dense, or a list of tuples of site names with a dense block
             each.
-        target_accept_prob: Acceptance probability that warmup aims at.
+        target_accept_prob: Acceptance probability that warmup aims at. `None`: 0.98, or 0.8 where all
+            diffusion sites have an energy, so that any acceptance is exact.
         inverse_mass_matrix: Initial inverse mass matrix in NumPyro's convention, an array over all
             sites in alphabetical order or a dict of blocks. `None`: from prior draws.
         max_num_steps: Most leapfrog steps of a trajectory; longer ones are cut.
@@ -120,7 +119,7 @@ class ScoreHMC(MCMCKernel):
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
         dense_mass: bool | list[tuple[str, ...]] = False,
-        target_accept_prob: float = LINE_INTEGRAL_ACCEPT_PROB,
+        target_accept_prob: float | None = None,
         inverse_mass_matrix: Any = None,
         max_num_steps: int = 1024,
         init_strategy: Callable[..., Any] = init_to_uniform,
@@ -148,12 +147,15 @@ class ScoreHMC(MCMCKernel):
         strategy = resolved_strategy(options.init_strategy)
         mass = "given" if options.inverse_mass_matrix is not None else f"from {START_DRAWS} prior draws"
         steps = min(max(round(options.trajectory_length / options.step_size), 1), options.max_num_steps)
+        target = f"{options.resolved(False).target_accept_prob:g}"
+        if options.target_accept_prob is None:
+            target += f" ({options.resolved(True).target_accept_prob:g} where every score_fn has an energy)"
         return (
             f"ScoreHMC(step_size={options.step_size:g}{', adapted' if options.adapt_step_size else ''}; "
             f"trajectory_length={options.trajectory_length:g}, that is about {steps} score evaluations an "
             f"iteration and event at this step size, at most {options.max_num_steps}; inverse_mass_matrix "
             f"{mass}{', adapted' if options.adapt_mass_matrix else ''}, dense_mass={options.dense_mass}; "
-            f"target_accept_prob={options.target_accept_prob:g}; init_strategy={strategy.func.__name__})"
+            f"target_accept_prob={target}; init_strategy={strategy.func.__name__})"
         )
 
     @property
@@ -230,7 +232,7 @@ class ScoreHMC(MCMCKernel):
             if mass is None or not inner.names <= set(given):
                 draws, scales = draws_and_scales(inner, scores, dtype)
             starter = Starter(inner, scores, draws, options.init_strategy)
-            chain = Chain(options, inner.evaluate(scores), inner.num_events)
+            chain = _chain(options, inner, scores)
 
             def one(key: Any, given: Leaves) -> ScoreHMCState:
                 start_key, chain_key = jr.split(key)
@@ -322,7 +324,12 @@ class ScoreHMC(MCMCKernel):
     ) -> Chain:
         kwargs = {} if model_kwargs is None else model_kwargs
         problem = resolve_joint_problem(self._model, args, kwargs)
-        return Chain(self._options, problem.evaluate(problem.score_models(arrays)), problem.num_events)
+        return _chain(self._options, problem, problem.score_models(arrays))
+
+
+def _chain(options: Options, problem: JointProblem, scores: Any) -> Chain:
+    has_energy = all(model.has_energy for model in scores.values())
+    return Chain(options.resolved(has_energy), problem.evaluate(scores), problem.num_events)
 
 
 def _scores(problem: JointProblem, arrays: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer.hmc_util import warmup_adapter
 
+from numpyro_rtk._moves._accept import ENERGY_ACCEPT_PROB, LINE_INTEGRAL_ACCEPT_PROB
 from numpyro_rtk._moves._leapfrog import MIN_STEPS
 from numpyro_rtk._numpyro._arguments import check_count, check_target_accept_prob
 
@@ -18,10 +19,18 @@ class Options(NamedTuple):
     adapt_step_size: bool
     adapt_mass_matrix: bool
     dense_mass: bool | list[tuple[str, ...]]
-    target_accept_prob: float
+    target_accept_prob: float | None
     inverse_mass_matrix: Any
     max_num_steps: int
     init_strategy: Callable[..., Any]
+
+    def resolved(self, has_energy: bool) -> "Options":
+        """The acceptance that warmup aims at chosen, for diffusion sites that all have an energy or not."""
+        if self.target_accept_prob is not None:
+            return self
+        return self._replace(
+            target_accept_prob=ENERGY_ACCEPT_PROB if has_energy else LINE_INTEGRAL_ACCEPT_PROB
+        )
 
     def dense_blocks(self, names: Any) -> list[tuple[str, ...]]:
         """Blocks of the mass matrix that are dense, for latents of these names."""
@@ -36,7 +45,7 @@ class Options(NamedTuple):
             adapt_step_size=self.adapt_step_size,
             adapt_mass_matrix=self.adapt_mass_matrix,
             dense_mass=self.dense_blocks(names),  # pyright: ignore[reportArgumentType] - as NumPyro documents
-            target_accept_prob=self.target_accept_prob,
+            target_accept_prob=self.target_accept_prob,  # pyright: ignore[reportArgumentType] - resolved
         )
 
 
@@ -46,7 +55,9 @@ def check_options(options: Options) -> Options:
     Raises:
         TypeError, ValueError: for arguments that cannot work.
     """
-    check_target_accept_prob(options.target_accept_prob)
+    target = options.target_accept_prob
+    if target is not None:
+        check_target_accept_prob(target)
     dense_mass = options.dense_mass
     if not (
         isinstance(dense_mass, bool)
@@ -66,7 +77,7 @@ def check_options(options: Options) -> Options:
         trajectory_length=_positive("trajectory_length", options.trajectory_length),
         adapt_step_size=bool(options.adapt_step_size),
         adapt_mass_matrix=bool(options.adapt_mass_matrix),
-        target_accept_prob=float(options.target_accept_prob),
+        target_accept_prob=None if target is None else float(target),
         max_num_steps=int(options.max_num_steps),
     )
 

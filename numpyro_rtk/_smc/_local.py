@@ -1,12 +1,13 @@
 """Local moves of particle Gibbs at `t_min`: gradient moves on `p_0 L`, within a mode."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 
 from numpyro_rtk._custom_types import RandomKey, Scalar
+from numpyro_rtk._moves._accept import LINE_INTEGRAL_ACCEPT_PROB, MIDPOINT_ACCEPT_PROB
 from numpyro_rtk._moves._leapfrog import MIN_STEPS
 from numpyro_rtk._moves._preconditioner import Preconditioner
 from numpyro_rtk._reverse._base import check_num_steps, check_positive
@@ -19,6 +20,10 @@ class AbstractLocalMove(eqx.Module):
     """A move on `p_0 L`."""
 
     step_size: eqx.AbstractVar[Any]
+    line_integral_accept_prob: eqx.AbstractClassVar[float]
+    """Acceptance that warmup aims at where the energy error is a line integral of scores: there the law is
+    right to about 1 %.
+    """
 
     @abc.abstractmethod
     def num_evaluations(self, posterior: Posterior) -> int:
@@ -53,6 +58,7 @@ class LocalMALA(AbstractLocalMove):
 
     num_steps: int = eqx.field(static=True, default=4)
     step_size: Any = None
+    line_integral_accept_prob: ClassVar[float] = MIDPOINT_ACCEPT_PROB
 
     def __check_init__(self) -> None:
         check_num_steps("LocalMALA", self.num_steps)
@@ -92,6 +98,7 @@ class LocalHMC(AbstractLocalMove):
     num_steps: int = eqx.field(static=True, default=10)
     num_trajectories: int = eqx.field(static=True, default=2)
     step_size: Any = None
+    line_integral_accept_prob: ClassVar[float] = LINE_INTEGRAL_ACCEPT_PROB
 
     def __check_init__(self) -> None:
         check_num_steps("LocalHMC", self.num_steps, MIN_STEPS)

@@ -16,8 +16,9 @@ PROFILE_PRIOR_PASSES = 5.0
 """Weight of the mean over coordinates in the profile, in passes."""
 
 CAUTION = 10.0
-"""A mean of `n` squared scores is taken `1 + CAUTION / n` times too large. One lucky pass in few dimensions
-would give steps so long that no later pass succeeds, and nothing is learnt from passes that fail.
+"""A mean of `n` squared scores, one per coordinate and pass, is taken `1 + CAUTION / n` times too large. One
+lucky pass in few dimensions would give steps so long that no later pass succeeds, and nothing is learnt from
+passes that fail.
 """
 
 MIN_PROFILE = 1e-2
@@ -81,12 +82,12 @@ class PassTuner(NamedTuple):
         The curvature of a segment is the mean of `|score_s|^2 / dim` over the draws at its end, which is
         `-E[div score_s] / dim` by Stein's identity, with weights that grow linearly so that the early, badly
         tuned passes are forgotten, taken somewhat too large while they are few. It is never more than its
-        bound `1 / sigma_s^2`. How curvature is spread
-        over coordinates (a galaxy's centre is less certain than its background) is learnt as one profile for
-        all segments, from the same identity by coordinate: `E score_i^2 = -E[d score_i / d x_i]`. Step sizes
-        of kernels that adapt follow dual averaging of the mean acceptance probability of the segment's steps;
-        those of other kernels follow the kernel's rule from the curvature. Passes that failed, and segments
-        that diverged, teach nothing but an acceptance of zero.
+        bound `1 / sigma_s^2`. How curvature is spread over coordinates (a galaxy's centre is less certain
+        than its background) is learnt as one profile for all segments, from the same identity by coordinate:
+        `E score_i^2 = -E[d score_i / d x_i]`. Step sizes of kernels that adapt follow dual averaging of the
+        mean acceptance probability of the segment's steps; those of other kernels follow the kernel's rule
+        from the curvature. Passes that failed, and segments that diverged, teach nothing but an acceptance
+        of zero.
         """
         iteration = state.iteration + 1
         warming = iteration <= state.num_warmup

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_rtk._custom_types import Count, Flag, Scalar
-from numpyro_rtk._moves._accept import ENERGY_ACCEPT_PROB, LINE_INTEGRAL_ACCEPT_PROB
+from numpyro_rtk._moves._accept import ENERGY_ACCEPT_PROB
 from numpyro_rtk._smc._conditional import SweepInfo, SweepTuning
 from numpyro_rtk._smc._local import AbstractLocalMove
 from numpyro_rtk._smc._moves import max_step_size
@@ -168,7 +168,9 @@ class SweepTuner(NamedTuple):
     @property
     def local_target(self) -> float:
         """Acceptance that local moves aim at: where their energy error is known well enough."""
-        return ENERGY_ACCEPT_PROB if self.posterior.has_energy else LINE_INTEGRAL_ACCEPT_PROB
+        if self.local is None or self.posterior.has_energy:
+            return ENERGY_ACCEPT_PROB
+        return self.local.line_integral_accept_prob
 
     def _local(self, step_size: Array) -> Array:
         given = None if self.local is None else self.local.step_size

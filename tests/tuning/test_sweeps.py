@@ -86,14 +86,22 @@ def test_annealed_step_sizes_survive_a_restart():
     )
 
 
-@pytest.mark.parametrize(("energy", "target"), [(False, 0.9), (True, 0.7)])
-def test_local_moves_aim_at_the_acceptance_at_which_their_energies_are_known(energy, target):
-    tuner = tuner_of(energy)
+@pytest.mark.parametrize(
+    ("local", "energy", "target"),
+    [
+        (rtk.LocalMALA(), False, 0.9),
+        (rtk.LocalHMC(), False, 0.98),
+        (rtk.LocalMALA(), True, 0.8),
+        (rtk.LocalHMC(), True, 0.8),
+    ],
+)
+def test_local_moves_aim_at_the_acceptance_at_which_their_energies_are_known(local, energy, target):
+    tuner = tuner_of(energy)._replace(local=local)
     assert tuner.local_target == target
     start = start_of(tuner)
     above, below = (
         iterations(tuner, start, 0, accept_prob=p).local_step_size
-        for p in (jnp.asarray(target + 0.05), jnp.asarray(target - 0.05))
+        for p in (jnp.asarray(target + 0.015), jnp.asarray(target - 0.015))
     )
     assert below < start.local_step_size < above
     # A path that was too coarse counts as rejected, whatever its estimate says.
