@@ -133,6 +133,22 @@ def test_what_denoising_leaves_open_at_draws_that_resemble_each_other():
     assert deviation(np.asarray(prior.denoise_sd_of(alike))) > 0.4
 
 
+def test_draws_are_noised_anew_where_they_came_from():
+    """The error is that of the narrow law below 18.6 and not of the wide one above, where clean data are."""
+    narrow, wide = 0.1, 2.0
+
+    def score(x, t):
+        alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        variance = jnp.where(x < 18.6, narrow, wide) ** 2
+        return -(x - alpha * 20.0) / (alpha**2 * variance + sigma**2)
+
+    prior = make_prior(score, (200,))
+    x = 20.0 * ALPHA + 0.5 * jr.normal(jr.key(0), (50, 200))
+    left = np.asarray(prior.clean_draws(jr.key(1), x) - prior.denoise(x))
+    exact = np.sqrt(1 / (1 / narrow**2 + ALPHA**2 / SIGMA**2))
+    np.testing.assert_allclose(np.median(left.std(0)), exact, rtol=0.1)
+
+
 def test_draws_of_clean_data_in_batches():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 2, 3)), jnp.float32)
     whole, batches = (make_prior(batch_size=size).clean_draws(jr.key(0), x) for size in (None, 3))
