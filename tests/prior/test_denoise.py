@@ -149,6 +149,21 @@ def test_draws_are_noised_anew_where_they_came_from():
     np.testing.assert_allclose(np.median(left.std(0)), exact, rtol=0.1)
 
 
+def test_draws_are_noised_anew_as_clean_draws_and_not_as_their_means():
+    """A denoiser `c x^3 / 3`, whose slope `c x^2` tells the variance of the draws at which it is measured."""
+    c = 0.5
+
+    def score(x, t):
+        alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        return (alpha * c * x**3 / 3 - x) / sigma**2
+
+    x = jnp.broadcast_to(jnp.asarray([[1.0], [-1.0]]), (2, 400)).repeat(32, 0)
+    left = np.asarray(make_prior(score, (400,)).clean_draws(jr.key(1), x) - c * x**3 / 3)
+    first = SIGMA**2 / ALPHA * c
+    variance = first * (ALPHA**2 * ((c / 3) ** 2 + first) + SIGMA**2)
+    np.testing.assert_allclose(np.mean(left**2), variance, rtol=0.1)
+
+
 def test_draws_of_clean_data_in_batches():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 2, 3)), jnp.float32)
     whole, batches = (make_prior(batch_size=size).clean_draws(jr.key(0), x) for size in (None, 3))
