@@ -18,7 +18,7 @@ from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentResult
 from numpyro_rtk._reverse._pilot import run_pilot
 from numpyro_rtk._score._model import resolve_score, ScoreModel
 from numpyro_rtk._smc._point import SiteLaw
-from numpyro_rtk._smc._posterior import Likelihoods, Posterior
+from numpyro_rtk._smc._posterior import Floor, Likelihoods, Posterior
 from numpyro_rtk._smc._twist import Terms
 
 
@@ -153,13 +153,13 @@ def constant_terms(x):
     return Terms(jnp.zeros(0), jnp.zeros(()), 0.0 * jnp.sum(x))
 
 
-FLOOR = -40.0
+FLOOR, GAUSSIAN_FLOOR = -40.0, -7.0
 
 
 def likelihoods_of(terms, dim, center=None):
     """A likelihood given by its terms; twists are linearised at 0 by default."""
     center = jnp.zeros(dim) if center is None else jnp.asarray(center, jnp.result_type(float))
-    return Likelihoods(terms, jnp.asarray(FLOOR), center)
+    return Likelihoods(terms, Floor(jnp.asarray(FLOOR), jnp.asarray(GAUSSIAN_FLOOR)), center)
 
 
 def with_own(terms, log_prob):

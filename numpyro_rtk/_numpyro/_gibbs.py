@@ -18,7 +18,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._arguments import read_start
-from numpyro_rtk._numpyro._inner_start import check_supports, start_inner
+from numpyro_rtk._numpyro._dependent import refuse_supports
+from numpyro_rtk._numpyro._inner_start import start_inner
 from numpyro_rtk._numpyro._joint import joint_init, joint_sample
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 from numpyro_rtk._numpyro._particle_gibbs_chain import DEFAULT_STATISTICS, ParticleGibbsState
@@ -29,11 +30,10 @@ from numpyro_rtk._numpyro._sites import (
     inspect_model,
     latent_diffusion_sites,
     refuse_discrete,
-    traced_sites,
-    without_diffusion,
 )
 from numpyro_rtk._numpyro._start_checks import check_start
 from numpyro_rtk._numpyro._states import lists_fields
+from numpyro_rtk._numpyro._tracing import traced_sites, without_diffusion
 from numpyro_rtk._user import arviz_asks
 
 
@@ -253,8 +253,7 @@ class RTKGibbs(Gibbs):
             refuse_discrete(f"RTKGibbs({type(inner).__name__}(model))", found.trace)
         batched = not is_prng_key(rng_key)
         self._resolve(found.trace, kwargs)
-        if not self._joint:
-            check_supports(inner, found.trace, self._sites[1])
+        refuse_supports("RTKGibbs", self._user_model, model_args, kwargs)
         given: dict[str, Array] = {}
         if GIBBS_SITES_KWARG not in kwargs:
             num_chains = rng_key.shape[0] if batched else None

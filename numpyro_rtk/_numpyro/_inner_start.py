@@ -7,17 +7,7 @@ from typing import Any
 from jaxtyping import Array
 from numpyro.infer.gibbs import CustomGibbs, DiscreteGibbs, prototype_trace
 from numpyro.infer.hmc import HMC
-from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.util import _transforms_from_trace, transform_fn
-
-
-def check_supports(kernel: MCMCKernel, trace: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Raise if sites of a Hamiltonian kernel have supports that depend on other sites, which move apart."""
-    if isinstance(kernel, HMC) and _transforms(trace, names).dynamic_support:
-        raise ValueError(
-            f"The supports of sites {list(names)} depend on other sites, which `RTKGibbs` moves apart from "
-            "them. Sample such sites on a fixed support and transform them with `numpyro.deterministic`."
-        )
 
 
 def start_inner(

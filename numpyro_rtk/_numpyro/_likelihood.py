@@ -11,7 +11,8 @@ from numpyro import handlers
 
 from numpyro_rtk._custom_types import Event, Scalar
 from numpyro_rtk._numpyro._dependence import dependence
-from numpyro_rtk._numpyro._sites import _site_scale, without_diffusion, WRAPPERS
+from numpyro_rtk._numpyro._sites import _site_scale
+from numpyro_rtk._numpyro._tracing import without_diffusion, WRAPPERS
 from numpyro_rtk._smc._twist import Terms
 
 

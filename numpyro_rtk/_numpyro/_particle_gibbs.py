@@ -34,13 +34,7 @@ from numpyro_rtk._numpyro._problem import (
     Shared,
 )
 from numpyro_rtk._numpyro._programs import Programs
-from numpyro_rtk._numpyro._sites import (
-    add_deterministic,
-    DiffusionSite,
-    inspect_model,
-    latent_diffusion_sites,
-    without_diffusion,
-)
+from numpyro_rtk._numpyro._sites import DiffusionSite, inspect_model, latent_diffusion_sites
 from numpyro_rtk._numpyro._start_checks import (
     check_likelihood,
     check_others,
@@ -49,9 +43,11 @@ from numpyro_rtk._numpyro._start_checks import (
     check_start,
     check_twist,
 )
+from numpyro_rtk._numpyro._tracing import add_deterministic, without_diffusion
 from numpyro_rtk._reverse._base import AbstractInnerKernel
 from numpyro_rtk._score._checks import check_first_call
 from numpyro_rtk._smc._local import AbstractLocalMove, LocalHMC
+from numpyro_rtk._smc._posterior import Floor
 from numpyro_rtk._smc._twist import AbstractTwist, num_residuals
 from numpyro_rtk._user import arviz_asks
 
@@ -300,10 +296,10 @@ class RTKParticleGibbs(MCMCKernel):
 
     def _measure(
         self, problem: Problem, num_warmup: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Shared, Array]:
+    ) -> tuple[Shared, Floor]:
         """What all chains share, from prior draws with a fixed key: it is a property of the priors.
 
-        And the least log probability of what is tempered at a draw where it is possible.
+        And what stands for an impossible likelihood.
         """
         options, dtype, arrays = self._options, problem.dtype, problem.scores.arrays
 
@@ -345,10 +341,9 @@ class RTKParticleGibbs(MCMCKernel):
         check_likelihood(terms.log_likelihood)
         kept = num_residuals(num_observations, options.num_pilot_draws)
         measured = measured_of(seen, grids, pilots, kept)
-        floor = jnp.min(jnp.where(jnp.isfinite(terms.other), terms.other, jnp.inf))
         zero, length, restarts = jnp.zeros((), int), jnp.asarray(num_warmup, int), jnp.ones((), bool)
         shared = Shared(problem.scores, measured, center, zero, length, restarts)
-        return shared, floor
+        return shared, Floor.of(terms)
 
     def sample(
         self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None

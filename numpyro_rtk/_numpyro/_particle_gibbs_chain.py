@@ -22,7 +22,7 @@ from numpyro_rtk._smc._conditional import (
     SweepTuning,
 )
 from numpyro_rtk._smc._moves import max_step_size, no_move, preconditioner
-from numpyro_rtk._smc._posterior import Posterior
+from numpyro_rtk._smc._posterior import Floor, Posterior
 from numpyro_rtk._smc._unconditional import choose_sweep, unconditional_evaluations, unconditional_sweep
 from numpyro_rtk._tuning._sweeps import Iteration, ParticleGibbsAdaptState, SweepTuner
 
@@ -83,7 +83,7 @@ class Chain(NamedTuple):
     problem: Problem
     shared: Shared
 
-    def posterior(self, log_beta: Array, floor: Array) -> Posterior:
+    def posterior(self, log_beta: Array, floor: Floor) -> Posterior:
         """The level targets, for powers of the twists and what stands for an impossible likelihood."""
         return self.problem.posterior(self.shared, log_beta, floor)
 
@@ -98,7 +98,8 @@ class Chain(NamedTuple):
     def chosen(self) -> Chosen:
         """What the options came to for the model."""
         options, problem = self.options, self.problem
-        posterior = self.posterior(initial_log_beta(self._pilots), jnp.zeros((), problem.dtype))
+        zero = jnp.zeros((), problem.dtype)
+        posterior = self.posterior(initial_log_beta(self._pilots), Floor(zero, zero))
         count = full_sweep_evaluations(posterior, options.num_particles, options.num_guided_steps)
         count += 1 + (0 if options.local is None else options.local.num_evaluations(posterior))
         return Chosen(problem.kernel, problem.num_levels, problem.jacobian, count * problem.num_events)
@@ -107,7 +108,7 @@ class Chain(NamedTuple):
     def _pilots(self) -> tuple[Pilot, ...]:
         return tuple(seen.pilot for seen in self.shared.measured)
 
-    def start(self, key: Any, given: dict[str, Array], floor: Array, num_warmup: int) -> ParticleGibbsState:
+    def start(self, key: Any, given: dict[str, Array], floor: Floor, num_warmup: int) -> ParticleGibbsState:
         """State before the first iteration: two unconditional sweeps, the draw of one of them, and what is
         given.
 

@@ -26,7 +26,7 @@ from numpyro_rtk._score._hoist import hoist, HoistedArrays
 from numpyro_rtk._score._model import ScoreModel
 from numpyro_rtk._smc._placement import place_levels, transition_difficulty
 from numpyro_rtk._smc._point import SiteLaw
-from numpyro_rtk._smc._posterior import Likelihoods, Posterior
+from numpyro_rtk._smc._posterior import Floor, Likelihoods, Posterior
 from numpyro_rtk._smc._twist import Terms
 
 
@@ -109,7 +109,7 @@ class Problem(NamedTuple):
         """The model's own log likelihood of a flat vector."""
         return self.terms(x).log_likelihood
 
-    def posterior(self, shared: Shared, log_beta: Array, floor: Array) -> Posterior:
+    def posterior(self, shared: Shared, log_beta: Array, floor: Floor) -> Posterior:
         """The level targets, for powers of the twists and what stands for an impossible likelihood."""
         arrays = shared.score_arrays.current(
             self.scores, "another reverse kernel, other segments, refresh depths or number of particles"

@@ -19,6 +19,7 @@ from numpyro.util import is_prng_key
 from numpyro_rtk._diagnosis._start import check_calibration
 from numpyro_rtk._moves._leapfrog import Leaves
 from numpyro_rtk._numpyro._arguments import read_start, resolved_strategy
+from numpyro_rtk._numpyro._dependent import refuse_supports
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._score_hmc_chain import Chain, ScoreHMCState
 from numpyro_rtk._numpyro._score_hmc_mass import initial_mass
@@ -203,12 +204,8 @@ class ScoreHMC(MCMCKernel):
         found = inspect_model("ScoreHMC", self._model, rng_key[0] if batched else rng_key, model_args, kwargs)
         refuse_discrete("ScoreHMC", found.trace)
         transforms = _transforms_from_trace(found.trace, raise_warnings=False)
-        if kwargs.get(GIBBS_SITES_KWARG) and transforms.dynamic_support:
-            raise ValueError(
-                "`ScoreHMC` as a block of a composite kernel needs latents whose support does not depend on "
-                "other sites. Sample such sites on a fixed support and transform them with "
-                "`numpyro.deterministic`."
-            )
+        if kwargs.get(GIBBS_SITES_KWARG):
+            refuse_supports("ScoreHMC", self._model, model_args, kwargs)
         num_chains = len(rng_key) if batched else None
         given = read_start(init_params, self._options.init_strategy, found.trace, num_chains)
         unconstrained = {

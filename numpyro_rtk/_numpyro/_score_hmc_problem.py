@@ -18,7 +18,8 @@ from numpyro_rtk._diagnosis._start import num_pilot_draws
 from numpyro_rtk._moves._accept import all_finite
 from numpyro_rtk._moves._leapfrog import Leaves, PathPoint
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
-from numpyro_rtk._numpyro._sites import DiffusionSite, latent_diffusion_sites, traced_sites, without_diffusion
+from numpyro_rtk._numpyro._sites import DiffusionSite, latent_diffusion_sites
+from numpyro_rtk._numpyro._tracing import traced_sites, without_diffusion
 from numpyro_rtk._reverse._calibration import Calibration, or_zero
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._score._checks import first_call

@@ -2,28 +2,18 @@
 on them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 from jax.core import Tracer
-from jaxtyping import Array
-from numpyro import handlers
-from numpyro.distributions import constraints
-from numpyro.infer.gibbs import conditioned, GIBBS_SITES_KWARG
-from numpyro.infer.initialization import init_to_sample
-from numpyro.primitives import Messenger
-from numpyro.util import is_prng_key
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
-from numpyro_rtk._numpyro._dependence import dependence
+from numpyro_rtk._numpyro._dependent import refuse_dependent
+from numpyro_rtk._numpyro._tracing import traced_sites, unwrap_prior
 from numpyro_rtk._prior._prior import DiffusionPrior
-from numpyro_rtk._score._model import score_methods
 
 
 class DiffusionSite(NamedTuple):
@@ -39,141 +29,12 @@ class DiffusionSite(NamedTuple):
         return self.batch_shape + self.prior.event_shape
 
 
-class Unweighted(dist.Distribution):
-    """Stands for a diffusion prior where its density is accounted for elsewhere: `log_prob` is 0.
-
-    `sample` returns a placeholder, so that tracing a model costs no score evaluation.
-    """
-
-    def __init__(self, base_dist: Any) -> None:
-        self.base_dist = base_dist
-        super().__init__(base_dist.batch_shape, base_dist.event_shape)
-
-    @property
-    def support(self) -> Any:
-        return (
-            constraints.independent(constraints.real, len(self.event_shape))
-            if self.event_shape
-            else constraints.real
-        )
-
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
-        assert is_prng_key(key)
-        return jr.normal(key, self.shape(sample_shape))
-
-    def log_prob(self, value: Any) -> Array:
-        batch_dims = jnp.ndim(value) - len(self.event_shape)
-        return jnp.zeros(
-            jnp.broadcast_shapes(jnp.shape(value)[:batch_dims], self.batch_shape), jnp.result_type(value)
-        )
-
-
-_BY_VALUES = (
-    ", or use NumPyro's `DiscreteHMCGibbs(NUTS(model))` with `density=ProbabilityFlow()`, whose values are "
-    "normalised and serve a discrete latent."
-)
-
-WRAPPERS: Any = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution)
-"""What `expand`, `to_event` and `mask` give; exact types, as a subclass may have a `log_prob` of its own."""
-
-
-def unwrap_prior(fn: Any) -> DiffusionPrior | None:
-    """The diffusion prior inside `expand`, `to_event` and `mask`, or `None`."""
-    while not isinstance(fn, DiffusionPrior):
-        if type(fn) not in (*WRAPPERS, Unweighted):
-            return None
-        fn = fn.base_dist
-    return fn
-
-
 def _is_masked(fn: Any) -> bool:
     while not isinstance(fn, DiffusionPrior):
         if isinstance(fn, dist.MaskedDistribution):
             return fn._mask is not True
         fn = fn.base_dist
     return False
-
-
-class _LeaveOut(Messenger):
-    """Replaces the law of every diffusion site by one without a density."""
-
-    def __init__(self, fn: Any = None, seen: dict[str, Any] | None = None) -> None:
-        self.seen = seen
-        super().__init__(fn)
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] != "sample" or unwrap_prior(msg["fn"]) is None:
-            return
-        # An inner one of these may have been here before.
-        fn = msg["fn"].base_dist if isinstance(msg["fn"], Unweighted) else msg["fn"]
-        if self.seen is not None:
-            self.seen[msg["name"]] = {**msg, "fn": fn}
-        msg["fn"] = Unweighted(fn)
-
-
-def _without_diffusion(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _LeaveOut():
-        return model(*args, **kwargs)
-
-
-def without_diffusion(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with the densities of its diffusion sites left out; idempotent, and pickles."""
-    if isinstance(model, functools.partial) and model.func is _without_diffusion:
-        return model
-    return functools.partial(_without_diffusion, model)
-
-
-def add_deterministic(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], z: dict[str, Any]
-) -> dict[str, Any]:
-    """Values of all latents, and the deterministic sites of the model there; evaluates no network."""
-    replayed = handlers.substitute(handlers.seed(without_diffusion(model), jr.key(0)), data=z)
-    trace = handlers.trace(replayed).get_trace(*args, **kwargs)
-    return z | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
-
-
-_CONDITIONED: Any = getattr(conditioned(_without_diffusion), "func")  # noqa: B009 - a `partial`, typed as a callable
-
-
-def user_model(model: Any) -> Any:
-    """The model as the user wrote it: without what composites wrap around it to condition and leave out."""
-    while isinstance(model, functools.partial) and (
-        model.func is _CONDITIONED or model.func is _without_diffusion
-    ):
-        model = model.args[0]
-    return model
-
-
-def _placeholder(site: dict[str, Any]) -> Any:
-    """A draw, for a site that has no value yet."""
-    return init_to_sample(site) if site["value"] is None else None
-
-
-def traced_sites(
-    model: Callable[..., Any],
-    rng_key: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    values: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A trace of the model that evaluates no network, and its diffusion sites as the model wrote them.
-
-    Values that are not given are placeholders, so that arguments of laws are not validated: a rate that the
-    prior keeps positive may be negative here.
-
-    Args:
-        model: The model.
-        rng_key: One key.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        values: Values of latents; `None`: draws of their laws, and placeholders for diffusion sites.
-    """
-    seen: dict[str, Any] = {}
-    # Innermost, so that it sees the laws as the model wrote them.
-    seeded = handlers.seed(_LeaveOut(model, seen), rng_key)
-    given: Any = {"substitute_fn": _placeholder} if values is None else {"data": values}
-    with numpyro.validation_enabled(False):
-        return handlers.trace(handlers.substitute(seeded, **given)).get_trace(*args, **kwargs), seen
 
 
 class ModelSites(NamedTuple):
@@ -276,7 +137,7 @@ def inspect_model(
             'Write `numpyro.sample("x", DiffusionPrior(score_fn, event_shape))` in the model, or use another '
             "kernel."
         )
-    _refuse_dependent(owner, model, args, kwargs)
+    refuse_dependent(owner, model, args, kwargs)
     return ModelSites(tuple(diffusion), others, trace)
 
 
@@ -356,44 +217,3 @@ def _refuse_transformed(owner: str, name: str, fn: Any) -> None:
         f"`DiffusionPrior` and apply "
         "the transform with `numpyro.deterministic`."
     )
-
-
-def _refuse_dependent(
-    owner: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Raise if the score of a diffusion site, latent or not, depends on a latent of the user's model.
-
-    What a composite conditions on is a latent here, of whatever type.
-    """
-    inner = user_model(model)
-    plain = {key: value for key, value in kwargs.items() if key != GIBBS_SITES_KWARG}
-    observed: set[str] = set()
-
-    def latent_values() -> dict[str, Array]:
-        samples = {
-            n: s for n, s in traced_sites(inner, jr.key(0), args, plain)[0].items() if s["type"] == "sample"
-        }
-        observed.update(name for name, site in samples.items() if site["is_observed"])
-        return {name: jnp.asarray(site["value"]) for name, site in samples.items() if name not in observed}
-
-    def scores(values: dict[str, Array]) -> dict[str, Any]:
-        _, seen = traced_sites(inner, jr.key(0), args, plain, values)
-        return {name: _all_of_score(unwrap_prior(msg["fn"])) for name, msg in seen.items()}
-
-    latents = jax.eval_shape(latent_values)
-    for name, names in dependence(scores, latents).items():
-        if not names:
-            continue
-        on = " and ".join(repr(other) for other in sorted(names))
-        by_values = not any(jnp.issubdtype(latents[other].dtype, jnp.floating) for other in names)
-        raise ValueError(
-            f"The score of {'observed ' * (name in observed)}diffusion site {name!r} depends on latent "
-            f"site{'s' * (len(names) > 1)} {on}, and `{owner}` needs scores that are fixed given the model's "
-            "arguments. Pass what it is conditioned on as data" + (by_values * _BY_VALUES or ".")
-        )
-
-
-def _all_of_score(prior: Any) -> list[Any]:
-    """All that a kernel asks of a prior's score: its value, and its energy where it has one."""
-    x, t = jnp.zeros(prior.event_shape), jnp.asarray(prior.schedule.t_min, float)
-    return [method(x, t) for method in score_methods(prior.score_fn)]

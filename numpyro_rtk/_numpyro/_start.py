@@ -23,7 +23,7 @@ from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 from numpyro_rtk._numpyro._score_hmc_chain import Chain
 from numpyro_rtk._numpyro._score_hmc_options import Options
 from numpyro_rtk._numpyro._score_hmc_problem import JointProblem, Scores
-from numpyro_rtk._numpyro._sites import without_diffusion
+from numpyro_rtk._numpyro._tracing import without_diffusion
 from numpyro_rtk._prior._prior import DiffusionPrior
 
 

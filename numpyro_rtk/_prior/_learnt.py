@@ -18,6 +18,7 @@ from numpyro_rtk._noising._times import NoiseRange
 from numpyro_rtk._reverse._calibration import Calibration, or_zero
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._score._checks import check_first_call, first_call
+from numpyro_rtk._score._hoist import fingerprint_of
 from numpyro_rtk._score._model import resolve_score, ScoreModel
 
 
@@ -41,8 +42,8 @@ class Learnt(NamedTuple):
 class Kept:
     """What was learnt, kept alive by the score callable."""
 
-    def __init__(self, score_fn: Any, learnt: Learnt) -> None:
-        self.learnt = learnt
+    def __init__(self, score_fn: Any, learnt: Learnt, program: str) -> None:
+        self.learnt, self.program = learnt, program
         self.nodes: set[Any] = set()
         self.denoise_sd: Event | None = None
         weakref.finalize(score_fn, _nothing, self)
@@ -91,16 +92,18 @@ def key_of(prior: Any, dtype: Any) -> Any:
 def learnt_of(prior: Any, grid: NoiseGrid) -> Learnt:
     """What the pilot learns of a `DiffusionPrior`, with its checks, once for a score object.
 
-    NumPyro traces a model, and builds its distributions anew, many times. The same score object has the same
-    curvature; should what it refers to have changed since, the tuning is less apt and the law the same.
+    NumPyro traces a model, and builds its distributions anew, many times. The terminal Gaussian is part of
+    the law, so that a score object is traced each time: one that was changed in place is another score.
     """
     score_fn, shape, dtype = prior.score_fn, prior.event_shape, grid.t.dtype
-    known = LEARNT.get(key_of(prior, dtype))
-    if known is not None:
-        return known.learnt
-    consts = jax.make_jaxpr(score_fn)(jnp.zeros(shape, dtype), jnp.zeros((), dtype)).consts
-    if any(isinstance(const, Tracer) for const in consts):
+    # A function of its own each time: JAX keeps traces by the identity of the callable.
+    closed = jax.make_jaxpr(lambda x, t: score_fn(x, t))(jnp.zeros(shape, dtype), jnp.zeros((), dtype))
+    if any(isinstance(const, Tracer) for const in closed.consts):
         return learn(resolve_score(score_fn), prior.noise, grid, shape)[0]
+    program = f"{closed.jaxpr} {fingerprint_of(closed.consts)}"
+    known = LEARNT.get(key_of(prior, dtype))
+    if known is not None and known.program == program:
+        return known.learnt
 
     def first(grid: NoiseGrid) -> Any:
         model = resolve_score(score_fn)
@@ -115,5 +118,5 @@ def learnt_of(prior: Any, grid: NoiseGrid) -> Learnt:
     if not isinstance(learnt.curvature, Tracer):
         # A callable that cannot be referred to weakly is learnt from at each call.
         with contextlib.suppress(TypeError):
-            LEARNT[key_of(prior, dtype)] = Kept(score_fn, learnt)
+            LEARNT[key_of(prior, dtype)] = Kept(score_fn, learnt, program)
     return learnt

@@ -59,7 +59,8 @@ class HoistedArrays(eqx.Module):
         return self
 
 
-def _fingerprint(arrays: Any) -> str:
+def fingerprint_of(arrays: Any) -> str:
+    """What tells these arrays from others: a digest of their values, or `TRACED`."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(arrays):
         if isinstance(leaf, Tracer):
@@ -191,7 +192,7 @@ def hoist(
     methods = score_methods(jax.tree.map(_without_jit, score_fn))
     leaves, structure = jax.tree.flatten([_convert(method, x, t, args, kwargs) for method in methods])
     keys = [
-        (_fingerprint(leaf), id(leaf) if isinstance(leaf, Tracer) else 0) if _is_array(leaf) else None
+        (fingerprint_of(leaf), id(leaf) if isinstance(leaf, Tracer) else 0) if _is_array(leaf) else None
         for leaf in leaves
     ]
     unique = {key: leaf for key, leaf in zip(keys, leaves, strict=True) if key is not None}
@@ -204,4 +205,4 @@ def hoist(
         ]
         return bind_score(jax.tree.unflatten(structure, filled), args, kwargs)
 
-    return HoistedArrays(found, _fingerprint(found)), rebuild
+    return HoistedArrays(found, fingerprint_of(found)), rebuild

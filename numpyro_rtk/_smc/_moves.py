@@ -109,6 +109,8 @@ def preconditioner(posterior: Posterior, level: Count) -> Preconditioner:
     """Mass of the gradient moves at a level: curvature of the prior, and of the linearised twist."""
     slope, likelihoods = posterior.denoiser_slope[level], posterior.likelihoods
     linear = linearize_twist(likelihoods.terms, likelihoods.center, posterior.error(level), posterior.blocks)
+    # Where the likelihood is impossible at the centre, moves know the curvature of the prior alone.
+    linear = jax.tree.map(lambda part: jnp.where(jnp.all(jnp.isfinite(part)), part, 0.0), linear)
     scale = 1 / jnp.sqrt(posterior.curvature[level] + slope**2 * linear.diagonal)
     rows = linear.jacobian * (slope * scale)[None]
     if rows.shape[0] == 0:

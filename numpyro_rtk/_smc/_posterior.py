@@ -17,14 +17,32 @@ from numpyro_rtk._smc._point import Point, SiteLaw
 from numpyro_rtk._smc._twist import evaluate_twist, LevelError, Terms
 
 
+class Floor(NamedTuple):
+    """What stands for parts of the likelihood at a denoised point where they are impossible."""
+
+    other: Scalar
+    """For the log probability of what is tempered: the least that was met at a possible prior draw."""
+    gaussian: Scalar
+    """For the twist of what is integrated as Gaussian, where its mean or scale is not a number: the log of
+    its mean density at prior draws.
+    """
+
+    @classmethod
+    def of(cls, terms: Terms) -> "Floor":
+        """From the terms of prior draws, each with an axis of draws."""
+        gaussian = terms.log_normalizer - 0.5 * jnp.sum(terms.whitened**2, axis=1)
+        gaussian = jnp.where(jnp.isfinite(gaussian), gaussian, -jnp.inf)
+        mean = jax.scipy.special.logsumexp(gaussian) - jnp.log(float(gaussian.shape[0]))
+        return cls(jnp.min(jnp.where(jnp.isfinite(terms.other), terms.other, jnp.inf)), mean)
+
+
 class Likelihoods(NamedTuple):
     """The likelihood of a flat vector of all sites, and what its twists need besides."""
 
     terms: Callable[[Array], Terms]
     """The log likelihood, split as twists above `t_min` need it."""
-    floor: Scalar
-    """Stands for the log probability of what is tempered where a denoised point is impossible: the least
-    that was met at a possible prior draw."""
+    floor: Floor
+    """What stands for it above `t_min` where a denoised point is impossible."""
     center: Array
     """Where twists are linearised for the mass of gradient moves: a point of the prior's bulk, shape
     `(dim,)`. It must not depend on the draw."""
@@ -153,13 +171,17 @@ class Posterior:
             # infinitely much.
             split = self.likelihoods.terms(x)
             impossible = (level < self.last) & ~(split.other > -jnp.inf)
-            return split._replace(other=jnp.where(impossible, self.likelihoods.floor, split.other))
+            return split._replace(other=jnp.where(impossible, self.likelihoods.floor.other, split.other))
 
         power = jnp.exp(self.log_beta[level])
         twist = evaluate_twist(terms, prediction, self.error(level), power, self.blocks)
+        above = (level < self.last) & jnp.all(jnp.isfinite(prediction))
+        stand_in = self.likelihoods.floor.gaussian + power * twist.other
+        log_value = jnp.where(above & ~jnp.isfinite(twist.log_value), stand_in, twist.log_value)
+        gradient = jnp.where(above & ~jnp.isfinite(twist.gradient), 0.0, twist.gradient)
         # At `t_min` it is the model's own log likelihood, whatever stands for it above.
-        log_twist = jnp.where(level == self.last, twist.log_likelihood, twist.log_value)
-        return Point(x, score, energy, _no_nan(log_twist), twist.gradient, twist.other)
+        log_twist = jnp.where(level == self.last, twist.log_likelihood, log_value)
+        return Point(x, score, energy, _no_nan(log_twist), gradient, twist.other)
 
     def prepared(self, level: Count, points: Point) -> Point:
         """Points from reverse transitions with the gradient that moves need: one evaluation each through the

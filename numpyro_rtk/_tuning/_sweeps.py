@@ -12,7 +12,7 @@ from numpyro_rtk._smc._conditional import SweepInfo, SweepTuning
 from numpyro_rtk._smc._local import AbstractLocalMove
 from numpyro_rtk._smc._moves import max_step_size
 from numpyro_rtk._smc._point import MoveInfo
-from numpyro_rtk._smc._posterior import Posterior
+from numpyro_rtk._smc._posterior import Floor, Posterior
 from numpyro_rtk._smc._unconditional import StartInfo
 from numpyro_rtk._tuning._step_size import StepSizeState, StepSizeTuner
 
@@ -37,8 +37,8 @@ class ParticleGibbsAdaptState(NamedTuple):
     """Step size of the local move."""
     log_beta: Float[Array, " levels"]
     """Log powers of what the twist tempers."""
-    floor: Float[Array, ""]
-    """Stands for its log probability where a denoised point is impossible: learnt at the start."""
+    floor: Floor
+    """What stands for the likelihood where a denoised point is impossible: learnt at the start."""
     depth_prob: Float[Array, " depths"]
     """Probabilities of the refresh depths."""
     depth_jump: Float[Array, " depths"]

@@ -556,7 +556,10 @@ def test_impossible_start():
 
 
 def test_dynamic_support_in_a_composite():
-    with pytest.raises(ValueError, match="support does not depend on other sites"):
+    with pytest.raises(
+        ValueError,
+        match="support of site 'b' depends on latent site 'a', and `ScoreHMC`",
+    ):
         Gibbs([(ScoreHMC(with_dynamic_support), ["x", "b"]), (NUTS(with_dynamic_support), ["a"])]).init(
             jr.key(0), 10, None, (), {}
         )

@@ -12,11 +12,12 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
-from numpyro.infer import DiscreteGibbs, Gibbs, MCMC, NUTS
+from numpyro.infer import DiscreteGibbs, DiscreteHMCGibbs, Gibbs, MCMC, NUTS
 
 import numpyro_rtk as rtk
 from numpyro_rtk._numpyro._dependence import dependence
-from numpyro_rtk._numpyro._sites import inspect_model, user_model, without_diffusion
+from numpyro_rtk._numpyro._sites import inspect_model
+from numpyro_rtk._numpyro._tracing import user_model, without_diffusion
 
 
 def prior(mean=0.0, shape=(2,), **options):
@@ -350,3 +351,79 @@ def test_the_posterior_with_missing_values_written_as_the_message_says():
     draws = np.asarray(mcmc.get_samples()["x"])
     np.testing.assert_allclose(draws.mean(0), [1.2, 0.0, -0.8], atol=0.15)
     np.testing.assert_allclose(draws.std(0), [0.2**0.5, 1.0, 0.2**0.5], rtol=0.12)
+
+
+# What is observed of a diffusion site, and supports.
+
+
+def residuals(y):
+    """The diffusion model as a law of noise."""
+    x = numpyro.sample("x", prior())
+    numpyro.sample("e", prior(), obs=y - x)
+
+
+def weighted(y, how):
+    numpyro.sample("x", prior())
+    label = numpyro.sample("label", dist.Bernoulli(0.5))
+    if how == "scale":
+        with numpyro.handlers.scale(scale=1.0 + label):
+            numpyro.sample("e", prior(), obs=y)
+    else:
+        numpyro.sample("e", prior().mask(label == 1), obs=y)
+
+
+@pytest.mark.parametrize("make", [rtk.RTKParticleGibbs, rtk.ScoreHMC])
+def test_an_observed_diffusion_site_whose_value_depends_on_a_latent(make):
+    match = "value, scale or mask of observed diffusion site 'e' depends on latent site 'x'.*numpyro.factor"
+    with pytest.raises(ValueError, match=match):
+        make(residuals).init(jr.key(0), 10, None, (jnp.zeros(2),), {})
+
+
+@pytest.mark.parametrize("how", ["scale", "mask"])
+def test_an_observed_diffusion_site_whose_weight_depends_on_a_latent(how):
+    with pytest.raises(ValueError, match="observed diffusion site 'e' depends on latent site 'label'"):
+        inspect(weighted, jnp.zeros(2), how)
+
+
+def bounded(how):
+    x = numpyro.sample("x", prior(shape=()))
+    u = numpyro.sample("u", dist.Uniform(0.0, 1.0))
+    law = {
+        "less than": lambda: dist.TruncatedNormal(0.0, 1.0, high=x),
+        "interval": lambda: dist.Uniform(0.0, jnp.exp(x)),
+        "event": lambda: dist.Uniform(0.0, jnp.exp(x)).expand([2]).to_event(1),
+        "another latent": lambda: dist.Uniform(u, 2.0),
+    }
+    numpyro.sample("b", law[how]())
+
+
+@pytest.mark.parametrize("inner", [NUTS, lambda model: DiscreteHMCGibbs(NUTS(model)), rtk.ScoreHMC])
+@pytest.mark.parametrize("how", ["less than", "interval", "event", "another latent"])
+def test_supports_that_depend_on_what_moves_in_turn(how, inner):
+    on = "'u'" if how == "another latent" else "'x'"
+    with pytest.raises(ValueError, match=f"support of site 'b' depends on latent site {on}, and `RTKGibbs`"):
+        rtk.RTKGibbs(inner(bounded)).init(jr.key(0), 10, None, (how,), {})
+
+
+def bounded_by_data(y, width):
+    x = numpyro.sample("x", prior(shape=()))
+    b = numpyro.sample("b", dist.Uniform(jnp.min(y) - width, jnp.max(y) + width))
+    numpyro.sample("y", dist.Normal(x + b, 0.5), obs=y)
+
+
+@pytest.mark.slow
+def test_bounds_that_are_data():
+    y, width = jnp.array([1.0, 2.0]), jnp.asarray(4.0)
+    kernel = rtk.RTKGibbs(NUTS(bounded_by_data), segments=8)
+    mcmc = MCMC(
+        kernel,
+        num_warmup=200,
+        num_samples=500,
+        num_chains=2,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jr.key(0), y, width)
+    b = np.asarray(mcmc.get_samples()["b"])
+    assert np.all((b > -3) & (b < 6))
+    assert abs(np.mean(b) - 1.5) < 0.5

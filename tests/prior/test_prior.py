@@ -620,3 +620,23 @@ def test_what_a_prior_shows():
 
 def normal_energy(x, t):
     return 0.5 * jnp.sum(x**2)
+
+
+def test_a_score_that_was_changed_in_place_is_another_score():
+    class Network:
+        mean, sd = 0.0, 1.0
+
+        def __call__(self, x, t):
+            return -(x - self.mean) / (self.sd**2 + t**2)
+
+    network, schedule = Network(), rtk.EDM()
+
+    def draws_and_density():
+        prior = rtk.DiffusionPrior(network, (2,), schedule, segments=4, density=rtk.ProbabilityFlow())
+        return prior.sample(jr.key(0), (200,)), prior.log_prob(jnp.full(2, network.mean))
+
+    draws_and_density()
+    network.mean, network.sd = 128.0, 30.0
+    draws, density = draws_and_density()
+    assert abs(np.mean(draws) - 128.0) < 10.0
+    np.testing.assert_allclose(density, -2 * np.log(30.0 * np.sqrt(2 * np.pi)), atol=0.01)

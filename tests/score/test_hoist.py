@@ -11,7 +11,7 @@ import pytest
 
 import numpyro_rtk as rtk
 from numpyro_rtk._numpyro import _rtk_kernel
-from numpyro_rtk._score._hoist import _fingerprint, hoist
+from numpyro_rtk._score._hoist import fingerprint_of, hoist
 from numpyro_rtk._score._model import resolve_score
 
 
@@ -133,9 +133,9 @@ def test_fingerprint_sees_values_shapes_and_dtypes():
         jr.key(0),
         jr.key(1),
     ]
-    assert len({_fingerprint(array) for array in arrays}) == len(arrays)
-    assert _fingerprint([arrays[0], arrays[1]]) != _fingerprint([arrays[1], arrays[0]])
-    assert _fingerprint(np.zeros(4, np.float32)) == _fingerprint(jnp.zeros(4))
+    assert len({fingerprint_of(array) for array in arrays}) == len(arrays)
+    assert fingerprint_of([arrays[0], arrays[1]]) != fingerprint_of([arrays[1], arrays[0]])
+    assert fingerprint_of(np.zeros(4, np.float32)) == fingerprint_of(jnp.zeros(4))
 
 
 @pytest.mark.parametrize(

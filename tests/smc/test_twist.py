@@ -17,6 +17,7 @@ import numpyro_rtk as rtk
 from numpyro_rtk._moves._preconditioner import Preconditioner
 from numpyro_rtk._numpyro._likelihood import Likelihood
 from numpyro_rtk._smc._moves import preconditioner
+from numpyro_rtk._smc._posterior import Floor
 from numpyro_rtk._smc._twist import (
     evaluate_twist,
     LevelError,
@@ -24,7 +25,16 @@ from numpyro_rtk._smc._twist import (
     Terms,
 )
 from numpyro_rtk._thresholds import MAX_EXACT_OBSERVATIONS
-from tests.particles import ExactReverse, FLOOR, linear_terms, make_law, make_posterior, Mixture, with_own
+from tests.particles import (
+    ExactReverse,
+    FLOOR,
+    GAUSSIAN_FLOOR,
+    linear_terms,
+    make_law,
+    make_posterior,
+    Mixture,
+    with_own,
+)
 
 
 DIM = 3
@@ -416,3 +426,35 @@ def test_a_likelihood_that_is_not_a_number_is_impossible(level, log_twist):
     terms = lambda x: Terms(jnp.zeros(0), jnp.zeros(()), jnp.log(-1.0 - x[0] ** 2))
     posterior = make_posterior(law, terms, ExactReverse(data, schedule))
     assert posterior.evaluate(jnp.asarray(level), jnp.array([0.8, 0.6])).log_twist == log_twist
+
+
+def _half_line_of_a_normal(x):
+    """An observation whose mean is a number only where `x_0 > 0`, and something tempered."""
+    return Terms(jnp.sqrt(x[:1]) - 0.3, jnp.asarray(-0.4), -0.5 * x[1] ** 2)
+
+
+def test_a_gaussian_that_is_no_number_has_a_floor_above_the_data_and_nothing_at_the_data():
+    schedule, log_beta = rtk.OU(), np.array([-2.0, -1.0, 0.0])
+    data = Mixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None])
+    law = make_law(data.score(schedule), schedule, (2,), segments=2)
+    posterior = make_posterior(law, _half_line_of_a_normal, ExactReverse(data, schedule), log_beta)
+    evaluate = jax.jit(posterior.evaluate)
+    for level in (0, 1):
+        point = evaluate(level, jnp.array([-0.8, 0.6]))
+        denoised = (point.x + law.grid.total_v[level] * point.score) / law.grid.total_a[level]
+        expected = GAUSSIAN_FLOOR - 0.5 * np.exp(log_beta[level]) * denoised[1] ** 2
+        np.testing.assert_allclose(point.log_twist, expected, rtol=1e-5)
+        assert np.all(np.isfinite(point.twist_score))
+        assert evaluate(level, jnp.array([0.8, 0.6])).log_twist != pytest.approx(float(expected), abs=0.1)
+        # The network's own failure is no impossible likelihood.
+        assert evaluate(level, jnp.array([jnp.nan, 0.6])).log_twist == -jnp.inf
+    assert posterior.at_data(jnp.array([-0.8, 0.6])).log_twist == -jnp.inf
+    assert np.all(np.isfinite(preconditioner(posterior, jnp.asarray(0)).scale))
+
+
+def test_the_floor_of_a_gaussian_is_its_mean_density_at_draws():
+    whitened = jnp.array([[1.0, 0.0], [jnp.nan, 0.0], [2.0, 1.0]])
+    terms = Terms(whitened, jnp.array([-0.1, 0.0, -0.2]), jnp.array([-3.0, -jnp.inf, -5.0]))
+    floor = Floor.of(terms)
+    assert floor.other == -5.0
+    np.testing.assert_allclose(floor.gaussian, np.log((np.exp(-0.6) + np.exp(-2.7)) / 3), rtol=1e-6)
