@@ -115,6 +115,7 @@ def test_preconditioned_mala_beats_ddpm_at_equal_cost(reference, evaluations):
     assert ratio_to_floor(reference, mine) < ratio_to_floor(reference, theirs)
 
 
+@pytest.mark.slow
 def test_a_broken_sampler_is_seen(reference):
     # Controls of the checks above: draws that are 3 % too wide, and a mode that is a tenth too heavy.
     draws = reference.references[:NUM_REPLICATES]

@@ -23,6 +23,7 @@ def two_sharp_modes(dim=12, sd=0.1):
 
 # The score is that of the data at every time, so that it is not the score of noised data.
 @pytest.mark.filterwarnings("ignore:.*is not the score of its own draws:UserWarning")
+@pytest.mark.slow
 def test_too_few_nodes_are_named_with_a_number_that_does():
     score, draws, log_density = two_sharp_modes()
     (finding,) = check_line_integral(score, jnp.zeros(12), draws, 8, "`score_fn` of site 'x'")

@@ -107,6 +107,7 @@ def test_a_shape_that_does_not_fit_the_network_is_asked_about_first_of_all(name,
         getattr(rtk, name)(model).init(jr.key(0), 10, None, (), {})
 
 
+@pytest.mark.slow
 def test_nodes_that_are_too_few_are_warned_of_at_the_first_density():
     score_fn = two_modes(rtk.OU(), 0.1)
     few = rtk.DiffusionPrior(score_fn, (3,), density=rtk.LineIntegral(num_nodes=6))

@@ -237,7 +237,7 @@ def test_another_kernel_refuses_the_state(gaussian):
 LOCAL_MOVES = [
     pytest.param(None, marks=pytest.mark.slow),
     pytest.param(rtk.LocalMALA(3), marks=pytest.mark.slow),
-    rtk.LocalHMC(4, 2),
+    pytest.param(rtk.LocalHMC(4, 2), marks=pytest.mark.slow),
 ]
 
 

@@ -222,6 +222,7 @@ def positive(y):
     numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_starts_of_vectorized_chains_are_checked():
     start = {"x": jnp.array([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.0, 1.0, 2.0]])}
     with pytest.raises(ValueError, match=r"log likelihood is -inf at the start of chain 1\."):

@@ -548,6 +548,7 @@ def test_refused_at_init(model, options, init_params, error, match):
         ScoreHMC(model, **options).init(jr.key(0), 10, init_params, (), {})
 
 
+@pytest.mark.slow
 def test_impossible_start():
     with pytest.raises(
         (ValueError, RuntimeError), match=r"cannot start|Cannot find valid initial parameters"
@@ -588,6 +589,7 @@ def test_divergence_is_data():
     np.testing.assert_array_equal(mcmc.get_samples()["x"], 0.0)
 
 
+@pytest.mark.slow
 def test_values_are_unconstrained_and_draws_constrained():
     kernel = ScoreHMC(correlated_pair)
     state = kernel.init(jr.key(0), 0, {"a": jnp.array(0.7)}, (1.5,), {})

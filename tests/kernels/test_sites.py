@@ -291,6 +291,7 @@ def test_the_lines_for_missing_values_work():
 
 
 @pytest.mark.parametrize("more", [False, True])
+@pytest.mark.slow
 def test_discrete_latents_are_told_the_kernel_that_works(more):
     def model(y):
         label = numpyro.sample("label", dist.Bernoulli(0.4))

@@ -308,6 +308,7 @@ def test_derivatives_in_what_the_score_closes_over_are_refused(label):
 
 
 @pytest.mark.parametrize("label", QUICK)
+@pytest.mark.slow
 def test_tracers_that_are_not_differentiated_are_welcome(label):
     gradient = lambda shift, x: jax.grad(lambda x: shifted(shift, label).log_prob(x))(x)
     shifts = jnp.array([0.0, 1.0])

@@ -74,6 +74,7 @@ def test_densities_say_whether_they_are_normalised():
     ],
 )
 @pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.slow
 def test_an_unnormalised_density_of_a_label_is_refused_by_kernels_that_take_no_gradient(law, words, chains):
     options = {"num_chains": chains, "chain_method": jax.vmap if chains > 1 else "sequential"}
     model = functools.partial(labelled, law)

@@ -285,6 +285,7 @@ class Scripted:
     "depth",
     ["one level", *[pytest.param(name, marks=pytest.mark.slow) for name in DEPTHS if name != "one level"]],
 )
+@pytest.mark.slow
 def test_weights_of_the_pinned_path_and_of_the_others(depth, monkeypatch):
     """`G_s(arrive) / G_t(leave)` of every particle, the pinned one's along its path: draws hardly show errors
     of it.
@@ -335,6 +336,7 @@ def test_weights_of_the_pinned_path_and_of_the_others(depth, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_where_no_particle_has_any_weight_the_pinned_one_stays_and_the_sweep_says_so():
     """A current draw that is impossible, and a likelihood that leaves nothing else possible."""
     nowhere = lambda x: Terms(jnp.zeros(0), jnp.zeros(()), jnp.where(jnp.sum(x) < 1e6, -jnp.inf, 0.0))
