@@ -296,6 +296,7 @@ def test_model_arguments_reach_the_score():
 
 @pytest.mark.filterwarnings("ignore:`score_fn` is not the score")  # the weights are random
 @pytest.mark.parametrize("chain_method", ["vectorized", pytest.param("sequential", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_jit_model_args_with_a_network(chain_method, count_traces):
     networks = [eqx.nn.MLP(2, 2, 4, 1, key=jr.key(i)) for i in range(2)]
     arrays = [eqx.filter(network, eqx.is_array) for network in networks]
@@ -560,6 +561,7 @@ def test_scalar_event():
 
 
 @pytest.mark.parametrize("name", SOME_INNER_KERNELS)
+@pytest.mark.slow
 def test_matrix_event_is_a_vector_reshaped(name):
     inner = INNER_KERNELS[name]
     matrix, vector = (make_kernel(inner=inner, event_shape=shape) for shape in ((2, 3), (6,)))

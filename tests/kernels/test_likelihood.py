@@ -139,6 +139,7 @@ def test_the_walk_is_made_once_and_under_transformations():
 # Priors in other clothes.
 
 
+@pytest.mark.slow
 def test_a_diffusion_prior_with_a_law_of_its_own_is_refused():
     class Tilted(rtk.DiffusionPrior):
         def log_prob(self, value):
