@@ -113,12 +113,27 @@ class Trajectory(NamedTuple):
     """Kinetic energy at the start."""
     energy_error: Scalar
     """Potential and kinetic difference; infinite if the trajectory diverged or is unresolved."""
+    error_inside: Scalar
+    """The same by the trapezoid rule, at the last point with a density: before a wall, where one was met."""
     diverging: Flag
     """Whether it met something non-finite, or the energy error spread over more than `MAX_ENERGY_RANGE`."""
     unresolved: Flag
     """Whether the path was too coarse to know its energy error: the corrections reached `MAX_CORRECTION`."""
     num_evaluations: Count
     """Evaluations made: the number of steps, fewer if the trajectory diverged or is unresolved."""
+
+    def tuning_prob(self, accept_prob: Scalar, impossible: Flag) -> Scalar:
+        """Acceptance probability as the adaptation of step sizes sees it.
+
+        No step is short enough for a wall of the likelihood, and an adaptation that counts rejections there
+        shortens steps for ever. Of a trajectory that met one after its first step, the part before counts.
+
+        Args:
+            accept_prob: Acceptance probability of the whole.
+            impossible: Whether it ended where the likelihood is zero and the network finite.
+        """
+        inside = jnp.exp(jnp.minimum(-self.error_inside, 0.0))
+        return jnp.where(impossible & (self.num_evaluations > 1), inside, accept_prob)
 
 
 def evaluation(score_fn: Callable[[Leaves], Leaves], potential_fn: Callable[[Leaves], Scalar]) -> Evaluate:
@@ -198,6 +213,7 @@ def leapfrog(
             first_wedge=jnp.where(carry.num_steps == 1, wedge, carry.first_wedge),
             last_wedge=wedge,
             correction=carry.correction + jnp.abs(wedge) / 12,
+            error_inside=jnp.where(jnp.isfinite(error), error, carry.error_inside),
             dx=dx,
             dg=dg,
             low=low,
@@ -218,6 +234,7 @@ def leapfrog(
             first_wedge=zero,
             last_wedge=zero,
             correction=zero,
+            error_inside=zero,
             dx=no_step,
             dg=no_step,
             low=zero,
@@ -238,6 +255,7 @@ def leapfrog(
         potential_difference=potential_difference,
         kinetic_start=kinetic_start,
         energy_error=jnp.where(diverging | unresolved, jnp.inf, energy_error),
+        error_inside=path.error_inside,
         diverging=diverging,
         unresolved=unresolved,
         num_evaluations=path.num_steps,
@@ -256,6 +274,7 @@ class _Path(NamedTuple):
     first_wedge: Scalar
     last_wedge: Scalar
     correction: Scalar
+    error_inside: Scalar
     dx: Leaves
     dg: Leaves
     low: Scalar

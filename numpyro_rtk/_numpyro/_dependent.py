@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
+from numpyro.distributions import biject_to
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_rtk._numpyro._dependence import dependence
@@ -92,23 +92,16 @@ def refuse_supports(
     owner: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Raise if the support of a continuous latent depends on another one: its unconstrained value would mean
-    another value once that has moved.
+    another value once that has moved, and laws do not say by themselves that a value has left their support.
 
-    Args:
-        owner: Name of the kernel, for messages.
-        model: The model as the user gave it, perhaps conditioned by a composite.
-        args: Positional arguments of the model.
-        kwargs: Keyword arguments of the model.
+    Args: as those of `refuse_dependent`.
     """
     traced = _Traced(model, args, kwargs)
 
     def supports(values: dict[str, Array]) -> dict[str, Any]:
-        laws = {name: site["fn"] for name, site in traced.sites(values)[0].items() if name in values}
-        return {
-            name: [leaf for leaf in jax.tree.leaves(law.support) if isinstance(leaf, jax.Array | np.ndarray)]
-            for name, law in laws.items()
-            if not law.support.is_discrete
-        }
+        trace, _ = traced.sites(values)
+        found = {name: _image_of_zero(trace[name]["fn"].support, value) for name, value in values.items()}
+        return {name: image for name, image in found.items() if image is not None}
 
     for name, names in traced.dependent(supports):
         raise ValueError(
@@ -126,6 +119,18 @@ def _all_of_score(prior: Any) -> list[Any]:
     """All that a kernel asks of a prior's score: its value, and its energy where it has one."""
     x, t = jnp.zeros(prior.event_shape), jnp.asarray(prior.schedule.t_min, float)
     return [method(x, t) for method in score_methods(prior.score_fn)]
+
+
+def _image_of_zero(support: Any, value: Array) -> Array | None:
+    """The constrained value that 0 stands for, or `None` where values have no unconstrained ones."""
+    if support.is_discrete:
+        return None
+    try:
+        transform = biject_to(support)
+    except NotImplementedError:
+        return None
+    unconstrained = jax.eval_shape(transform.inv, value)
+    return transform(jnp.zeros(unconstrained.shape, unconstrained.dtype))
 
 
 def _masks(fn: Any) -> list[Any]:

@@ -54,7 +54,7 @@ class ScoreHMC(MCMCKernel):
     step size; no error for priors that are Gaussian, and none for those whose `score_fn` has a method
     `energy`, which is then used. Measured from scores alone, on a skewed and a bimodal law in 1, 2 and 10
     dimensions (`python -m benchmarks.bias`): means within 0.015 sd and variances within 1.5 %, hence the high
-    default of `target_accept_prob`; at 0.9 they are off by 0.19 sd and 35 % in one dimension. Trajectories
+    default of `target_accept_prob`; at 0.9 they are off by 0.18 sd and 33 % in one dimension. Trajectories
     whose steps are too coarse for the line integral are rejected and set `unresolved`, which warmup counts as
     acceptance 0; many of them after the warmup call for a higher `target_accept_prob`. It moves within modes
     and between close ones; for modes far apart use `RTKParticleGibbs`, or `RTKGibbs`.

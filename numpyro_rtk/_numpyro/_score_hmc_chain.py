@@ -137,15 +137,14 @@ class Chain(NamedTuple):
         accept, accept_prob, diverging = metropolis(
             accept_key, -end.energy_error, ~end.diverging | impossible, resolved=~end.unresolved
         )
+        seen = end.tuning_prob(accept_prob, impossible)
         point = select(accept, end.point, state.point)
         potential = state.relative_potential_energy
         in_warmup = state.i < num_warmup
         wa_update = options.adapter(state.z, num_warmup)[1]
         adapt_state = jax.lax.cond(
             in_warmup,
-            lambda adapt_state: wa_update(
-                state.i, accept_prob, IntegratorState(z=point.position), adapt_state
-            ),
+            lambda adapt_state: wa_update(state.i, seen, IntegratorState(z=point.position), adapt_state),
             lambda adapt_state: adapt_state,
             adapt_state,
         )

@@ -151,8 +151,8 @@ def mala(
     accept, accept_prob, diverging = metropolis(
         accept_key, log_ratio, _network_finite(proposal), possible=_possible(point, proposal)
     )
-    count = jnp.asarray(posterior.evaluations_per_mala_step)
-    return select(accept, proposal, point), MoveInfo(accept_prob, diverging, jnp.zeros((), bool), count)
+    no, count = jnp.zeros((), bool), jnp.asarray(posterior.evaluations_per_mala_step)
+    return select(accept, proposal, point), MoveInfo(accept_prob, accept_prob, diverging, no, count)
 
 
 def _network_finite(point: Point) -> Flag:
@@ -185,8 +185,8 @@ def mala_steps(
 
 def no_move(posterior: Posterior) -> MoveInfo:
     """What a move of no steps reports."""
-    no = jnp.zeros((), bool)
-    return MoveInfo(jnp.ones((), posterior.dtype), no, no, jnp.zeros((), int))
+    one, no = jnp.ones((), posterior.dtype), jnp.zeros((), bool)
+    return MoveInfo(one, one, no, no, jnp.zeros((), int))
 
 
 def _together(result: tuple[Point, MoveInfo]) -> tuple[Point, MoveInfo]:
@@ -194,6 +194,7 @@ def _together(result: tuple[Point, MoveInfo]) -> tuple[Point, MoveInfo]:
     point, info = result
     return point, MoveInfo(
         jnp.mean(info.accept_prob),
+        jnp.mean(info.tuning_prob),
         jnp.any(info.diverging),
         jnp.any(info.unresolved),
         jnp.sum(info.num_evaluations),
@@ -237,7 +238,9 @@ def hmc(
         accept_key, -end.energy_error, _network_finite(new), possible=possible, resolved=~end.unresolved
     )
     diverging |= end.diverging & possible
-    return select(accept, new, point), MoveInfo(accept_prob, diverging, end.unresolved, end.num_evaluations)
+    tuning_prob = end.tuning_prob(accept_prob, _network_finite(new) & (new.log_twist == -jnp.inf))
+    info = MoveInfo(accept_prob, tuning_prob, diverging, end.unresolved, end.num_evaluations)
+    return select(accept, new, point), info
 
 
 def hmc_trajectories(

@@ -56,6 +56,8 @@ class MoveInfo(NamedTuple):
 
     accept_prob: Scalar
     """Mean acceptance probability of its accept steps."""
+    tuning_prob: Scalar
+    """The same as the adaptation of step sizes sees it (`Trajectory.tuning_prob`)."""
     diverging: Flag
     """Whether something non-finite was met."""
     unresolved: Flag

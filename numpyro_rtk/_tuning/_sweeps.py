@@ -140,7 +140,7 @@ class SweepTuner(NamedTuple):
             reverse = tune.update(reverse, accept, self.target_accept_prob, visited)
             step_size = tune.step_size(reverse, MIN_STEP_SIZE, kernel.largest_step_size, freeze=is_last)
         guided = tune.update(guided, info.guided_accept_prob, self.target_accept_prob, info.visited)
-        resolved = jnp.where(seen.local.unresolved, 0.0, seen.local.accept_prob)
+        resolved = jnp.where(seen.local.unresolved, 0.0, seen.local.tuning_prob)
         local = tune.update(local, resolved, self.local_target, jnp.ones((), bool))
         count = state.depth_count.at[seen.choice].add(jnp.where(seen.swept, 1.0, 0.0))
         change = (seen.jump - state.depth_jump[seen.choice]) / jnp.maximum(count[seen.choice], 1.0)

@@ -1,4 +1,4 @@
-"""A Gaussian observation whose mean is no number for half of the prior: the posterior against quadrature."""
+"""Likelihoods that are zero, or no number, for half of the prior: posteriors against quadrature."""
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -11,6 +11,7 @@ from numpyro.infer import MCMC
 from scipy import stats
 
 import numpyro_rtk as rtk
+from numpyro_rtk._moves._leapfrog import Trajectory
 from numpyro_rtk._smc._posterior import Floor
 
 
@@ -25,15 +26,19 @@ def log_link(y):
     numpyro.sample("y", dist.Normal(jnp.log(x), 1.0), obs=y)
 
 
-def z_scores(y=-0.5):
+def wall(y):
+    """What is observed is below `exp(x)`."""
+    x = numpyro.sample("x", PRIOR)[0]
+    numpyro.sample("y", dist.Uniform(0.0, jnp.exp(x)), obs=y)
+
+
+def z_scores(kernel, y, x, log_p):
     """Of mean and variance, and the share of iterations that diverged."""
-    x = np.linspace(1e-4, 7, 20_001)
-    log_p = -0.5 * x**2 - 0.5 * (y - np.log(x)) ** 2
     p = np.exp(log_p - log_p.max())
     p /= p.sum()
     mean = p @ x
     mcmc = MCMC(
-        rtk.RTKParticleGibbs(log_link, local=None),
+        kernel,
         num_warmup=300,
         num_samples=1500,
         num_chains=4,
@@ -49,8 +54,14 @@ def z_scores(y=-0.5):
     return found, np.mean(mcmc.get_extra_fields()["diverging"])
 
 
-def test_the_posterior_is_right():
-    found, diverging = z_scores()
+def log_link_scores():
+    y, x = -0.5, np.linspace(1e-4, 7, 20_001)
+    log_p = -0.5 * x**2 - 0.5 * (y - np.log(x)) ** 2
+    return z_scores(rtk.RTKParticleGibbs(log_link, local=None), y, x, log_p)
+
+
+def test_a_mean_that_is_no_number():
+    found, diverging = log_link_scores()
     assert max(found) < Z_MAX
     assert diverging < 0.01
 
@@ -58,4 +69,27 @@ def test_the_posterior_is_right():
 def test_a_twist_of_zero_is_caught(monkeypatch):
     of = Floor.of
     monkeypatch.setattr(Floor, "of", lambda terms: of(terms)._replace(gaussian=jnp.asarray(-jnp.inf)))
-    assert max(z_scores()[0]) > Z_MAX
+    assert max(log_link_scores()[0]) > Z_MAX
+
+
+def local_moves(model):
+    return rtk.RTKParticleGibbs(model, sweep_prob=0.0, segments=4, num_pilot_draws=32, local=rtk.LocalHMC())
+
+
+def wall_scores(make):
+    x = np.linspace(np.log(1.2), 7, 20_001)
+    return z_scores(make(wall), jnp.array([1.2, 0.4]), x, -0.5 * x**2 - 2 * x)
+
+
+@pytest.mark.parametrize("make", [rtk.ScoreHMC, local_moves])
+def test_a_wall(make):
+    found, diverging = wall_scores(make)
+    assert max(found) < Z_MAX
+    assert diverging == 0
+
+
+@pytest.mark.parametrize("make", [rtk.ScoreHMC, local_moves])
+def test_an_adaptation_that_counts_rejections_at_the_wall_is_caught(make, monkeypatch):
+    """Steps become shorter without end, so that chains stay where they are."""
+    monkeypatch.setattr(Trajectory, "tuning_prob", lambda self, accept_prob, impossible: accept_prob)
+    assert not max(wall_scores(make)[0]) < Z_MAX

@@ -274,7 +274,7 @@ class Scripted:
         if not isinstance(key, jax.core.Tracer):  # the pinned path
             self.log.append(("move", int(level), jr.key_data(key).tolist()))
         no = jnp.zeros((), bool)
-        info = MoveInfo(jnp.ones(()), no, no, jnp.asarray(num_steps))
+        info = MoveInfo(jnp.ones(()), jnp.ones(()), no, no, jnp.asarray(num_steps))
         return posterior.evaluate(level, 0.8 * point.x - 0.1 * level), info
 
     def reverse(self, key, posterior, level, point, step_size):

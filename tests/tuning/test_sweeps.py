@@ -36,7 +36,8 @@ def start_of(tuner):
 
 def iterations(tuner, state, depth, swept=0.99, **local):
     """The state after a warmup of sweeps of one depth."""
-    move = MoveInfo(jnp.asarray(0.5), jnp.zeros((), bool), jnp.zeros((), bool), jnp.asarray(1))
+    half, no = jnp.asarray(0.5), jnp.zeros((), bool)
+    move = MoveInfo(half, half, no, no, jnp.asarray(1))
     move = move._replace(**{name: jnp.asarray(value) for name, value in local.items()})
     weighted, visited = visits(tuner.posterior, jnp.asarray(depth))
     sweep = no_sweep(tuner.posterior)._replace(
@@ -100,10 +101,10 @@ def test_local_moves_aim_at_the_acceptance_at_which_their_energies_are_known(loc
     assert tuner.local_target == target
     start = start_of(tuner)
     above, below = (
-        iterations(tuner, start, 0, accept_prob=p).local_step_size
+        iterations(tuner, start, 0, tuning_prob=p).local_step_size
         for p in (jnp.asarray(target + 0.015), jnp.asarray(target - 0.015))
     )
     assert below < start.local_step_size < above
     # A path that was too coarse counts as rejected, whatever its estimate says.
-    unresolved = iterations(tuner, start, 0, accept_prob=jnp.asarray(1.0), unresolved=jnp.ones((), bool))
+    unresolved = iterations(tuner, start, 0, tuning_prob=jnp.asarray(1.0), unresolved=jnp.ones((), bool))
     assert unresolved.local_step_size < start.local_step_size
