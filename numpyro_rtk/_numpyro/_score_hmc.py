@@ -69,7 +69,8 @@ class ScoreHMC(MCMCKernel):
     *Warmup* is that of NumPyro's `HMC` (`warmup_adapter`: the same windows, dual averaging and
     regularisation). The mass matrix of diffusion sites starts from `E[score^2]` of prior draws. Each
     trajectory's length is `trajectory_length` times a uniform factor from 0.5 to 1.5, so that no direction
-    can come back to its start for ever.
+    can come back to its start for ever. Of a trajectory that meets a wall of the likelihood, where it becomes
+    zero, the part before counts: `accept_prob` stays below its target there.
 
     *Statistics.* `energy` has the differences between iterations that ArviZ's BFMI needs, but no absolute
     zero: there is no `potential_energy`, as ArviZ would take it for a log density. Errors of the line
