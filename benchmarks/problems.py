@@ -85,7 +85,7 @@ def draw(kernel, num_draws, *, num_warmup=200, num_chains=100, seed=0, extra_fie
     return mcmc
 
 
-def galaxy_network():
+def galaxy_network(t_min=0.01):
     """The pretrained galaxy network (a score, `network(x, t)` with `x` of shape (1, 32, 32)) and its
     schedule.
 
@@ -94,7 +94,7 @@ def galaxy_network():
     """
     from galaxygrad.scorenet import HSC_32
 
-    return HSC_32, rtk.VP(beta_min=1.0, beta_max=1.0, t_max=10.0, t_min=0.01)
+    return HSC_32, rtk.VP(beta_min=1.0, beta_max=1.0, t_max=10.0, t_min=t_min)
 
 
 POWER_BANDS = ((0.5, 2), (2, 4), (4, 8), (8, 12), (12, 23))

@@ -24,7 +24,7 @@ from numpyro_rtk._numpyro._joint import joint_init, joint_sample
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 from numpyro_rtk._numpyro._particle_gibbs_chain import DEFAULT_STATISTICS, ParticleGibbsState
 from numpyro_rtk._numpyro._score_hmc import ScoreHMC
-from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState
+from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState, SHARED
 from numpyro_rtk._numpyro._sites import (
     diffusion_site_names,
     inspect_model,
@@ -349,8 +349,8 @@ class RTKGibbs(Gibbs):
     def _chain_axes(self) -> RTKGibbsState:
         """Axes of the chains in a state: everywhere but in what chains share."""
         blocks: Any = (
-            _axes_without(ParticleGibbsState, "shared"),
-            _axes_without(ScoreHMCState, "score_arrays") if self._joint else 0,
+            _axes_without(ParticleGibbsState, ("shared",)),
+            _axes_without(ScoreHMCState, SHARED) if self._joint else 0,
         )
         return RTKGibbsState(z=0, block_states=blocks, rng_key=0, diverging=0, num_score_evals=0)  # pyright: ignore
 
@@ -380,6 +380,6 @@ def _with_shared(state: RTKGibbsState, shared: Any) -> RTKGibbsState:
     return state._replace(block_states=(block._replace(shared=shared), *state.block_states[1:]))
 
 
-def _axes_without(state: Any, shared: str) -> Any:
-    """Chain axes of all fields of a state but one."""
-    return state(*(None if name == shared else 0 for name in state._fields))
+def _axes_without(state: Any, shared: tuple[str, ...]) -> Any:
+    """Chain axes of all fields of a state but some."""
+    return state(*(None if name in shared else 0 for name in state._fields))

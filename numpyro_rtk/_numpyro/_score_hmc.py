@@ -19,9 +19,10 @@ from numpyro.util import is_prng_key
 from numpyro_rtk._diagnosis._start import check_calibration
 from numpyro_rtk._moves._leapfrog import Leaves
 from numpyro_rtk._numpyro._arguments import read_start, resolved_strategy
+from numpyro_rtk._numpyro._data_mark import mark_of
 from numpyro_rtk._numpyro._dependent import refuse_supports
 from numpyro_rtk._numpyro._programs import Programs
-from numpyro_rtk._numpyro._score_hmc_chain import Chain, ScoreHMCState
+from numpyro_rtk._numpyro._score_hmc_chain import Chain, ScoreHMCState, SHARED
 from numpyro_rtk._numpyro._score_hmc_mass import initial_mass
 from numpyro_rtk._numpyro._score_hmc_options import check_options, Options
 from numpyro_rtk._numpyro._score_hmc_problem import (
@@ -248,7 +249,7 @@ class ScoreHMC(MCMCKernel):
         name = f"begin {batched} {num_warmup} {dtype}"
         state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
         _check_start(state)
-        return state._replace(score_arrays=problem.scores)
+        return state._replace(score_arrays=problem.scores, data=mark_of(model_args, kwargs))
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         # The model and the kernel's options are all that a program depends on besides its arguments.
@@ -257,9 +258,23 @@ class ScoreHMC(MCMCKernel):
     def sample(
         self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> ScoreHMCState:
-        """One trajectory, accepted or rejected, for one chain or a batch of them."""
-        chain = self._chain(state.score_arrays, model_args, model_kwargs)
-        return _over_chains(chain.step, state)
+        """One trajectory, accepted or rejected, for one chain or a batch of them.
+
+        A run that is resumed with other arguments of the model evaluates the state once more where it begins.
+        """
+        kwargs = {} if model_kwargs is None else model_kwargs
+        chain = self._chain(state.score_arrays, model_args, kwargs)
+        if kwargs.get(GIBBS_SITES_KWARG):  # a block of NumPyro's `Gibbs`, which calls `refresh` where needed
+            return _over_chains(chain.step, state)
+        assert state.data is not None
+        data, changed = state.data.replaced_by(mark_of(model_args, kwargs))
+        if changed is None:
+            return _over_chains(chain.step, state)
+        state = jax.lax.cond(
+            changed, lambda state: _over_chains(chain.anew, state), lambda state: state, state
+        )
+        new = _over_chains(chain.step, state._replace(data=data))
+        return new._replace(num_score_evals=new.num_score_evals + changed * chain.num_events)
 
     def refresh(
         self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -336,11 +351,11 @@ def _scores(problem: JointProblem, arrays: Any) -> Any:
 
 
 def _over_chains(function: Callable[..., ScoreHMCState], state: ScoreHMCState, *args: Any) -> ScoreHMCState:
-    """The new state of one chain or of each of a batch; arrays of networks have no chain axis."""
-    alone = state._replace(score_arrays=HoistedArrays((), ""))
+    """The new state of one chain or of each of a batch; what they share has no chain axis."""
+    alone = state._replace(score_arrays=HoistedArrays((), ""), data=None)
     one_chain = is_prng_key(state.rng_key)
     new = function(alone, *args) if one_chain else jax.vmap(function)(alone, *args)
-    return new._replace(score_arrays=state.score_arrays)
+    return new._replace(**{name: getattr(state, name) for name in SHARED})
 
 
 def _check_start(state: ScoreHMCState) -> None:

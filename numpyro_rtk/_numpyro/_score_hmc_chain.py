@@ -15,6 +15,7 @@ from numpyro_rtk._custom_types import Scalar
 from numpyro_rtk._moves._accept import metropolis, select
 from numpyro_rtk._moves._leapfrog import Evaluate, leapfrog, Leaves, MIN_STEPS, PathPoint
 from numpyro_rtk._moves._line_integral import dot
+from numpyro_rtk._numpyro._data_mark import DataMark
 from numpyro_rtk._numpyro._score_hmc_mass import mass_velocity
 from numpyro_rtk._numpyro._score_hmc_options import Options
 from numpyro_rtk._numpyro._states import lists_fields
@@ -29,7 +30,7 @@ class _NumWarmup(eqx.Module):
 
 @lists_fields
 class ScoreHMCState(NamedTuple):
-    """State of `ScoreHMC`; with vectorized chains every field but `score_arrays` has a chain axis."""
+    """State of `ScoreHMC`; with vectorized chains every field but those of `SHARED` has a chain axis."""
 
     z: dict[str, Array]
     """Unconstrained values of all latent sites."""
@@ -67,6 +68,8 @@ class ScoreHMCState(NamedTuple):
     """Its gradient."""
     score_arrays: HoistedArrays
     """The networks' arrays, kept here so that they are arguments of the compiled program."""
+    data: DataMark | None
+    """The arguments of the model that `potential` and `score` are of."""
     num_warmup: _NumWarmup
     """Length of the warmup."""
     rng_key: Any
@@ -76,6 +79,10 @@ class ScoreHMCState(NamedTuple):
     def point(self) -> PathPoint:
         """`z` with all that is known there."""
         return PathPoint(self.z, self.score, self.potential, self.gradient, jnp.ones((), bool))
+
+
+SHARED = ("score_arrays", "data")
+"""Fields of a `ScoreHMCState` that all chains share."""
 
 
 class Chain(NamedTuple):
@@ -116,7 +123,8 @@ class Chain(NamedTuple):
             score=point.score,
             potential=point.potential,
             gradient=point.gradient,
-            score_arrays=HoistedArrays((), ""),  # filled in without a chain axis
+            score_arrays=HoistedArrays((), ""),  # both are filled in without a chain axis
+            data=None,
             num_warmup=_NumWarmup(int(num_warmup)),
             rng_key=next_key,
         )
@@ -167,6 +175,11 @@ class Chain(NamedTuple):
             gradient=point.gradient,
             rng_key=next_key,
         )
+
+    def anew(self, state: ScoreHMCState) -> ScoreHMCState:
+        """The state evaluated again, where the model has other arguments than before."""
+        point = self.evaluate(state.z)
+        return state._replace(score=point.score, potential=point.potential, gradient=point.gradient)
 
     def at(self, state: ScoreHMCState, moved: Leaves) -> ScoreHMCState:
         """The state where some latents have other values, or for other arguments; scores are evaluated where

@@ -17,6 +17,9 @@ NUM_PROBES = 8
 NUM_ERROR_DRAWS = 32
 """Draws, of many, over which the error of denoised draws is measured, and how many are denoised at a time."""
 
+RESOLVED = 3.0
+"""Slopes below this many errors, as the negative ones show them, are pooled."""
+
 PROBE_STEP = 0.05
 """Half of the difference by which it is measured, in units of the noise: scores vary over lengths of that."""
 
@@ -37,6 +40,11 @@ def measure_denoise_sd(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Ar
     taken here as a difference of two denoised points, so that the score needs no derivative; a derivative
     that is diagonal has no scatter. (By Stein's identity it is `(sigma / alpha)^2 (1 - sigma^2 E score_i^2)`
     too, whose scatter is that of the noise, which most of a picture is.) `2 * NUM_PROBES` evaluations a draw.
+
+    No variance is negative, but slopes of a network are, at many dark pixels of a picture, and how far below
+    0 they get says how well they are known. Coordinates that are not above that share their mean,
+    `_resolved`.
+    Where no slope is negative every coordinate keeps its own.
 
     Args:
         key: Random key; a fixed one makes the result a property of the prior.
@@ -61,8 +69,21 @@ def measure_denoise_sd(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Ar
         return jnp.mean(jax.vmap(slope)(jr.split(key, NUM_PROBES)), axis=0)
 
     slopes: Any = jax.lax.map(at_draw, (jr.split(key, draws.shape[0]), draws))
-    variance = data.sigma**2 / data.alpha * jnp.nanmean(slopes, axis=0)
+    variance = data.sigma**2 / data.alpha * _resolved(jnp.nanmean(slopes, axis=0))
     return jnp.sqrt(jnp.clip(variance, 0.0, (data.sigma / data.alpha) ** 2))
+
+
+def _resolved(slopes: Event) -> Event:
+    """Slopes, of which those below `RESOLVED` times the root mean square of the negative ones are their mean.
+
+    Setting negative slopes to 0 would leave half of a dark sky without any error, and the other half with too
+    much.
+    """
+    below = slopes < 0
+    error = jnp.sqrt(jnp.sum(jnp.where(below, slopes, 0.0) ** 2) / jnp.maximum(jnp.sum(below), 1))
+    unresolved = slopes < RESOLVED * error
+    common = jnp.sum(jnp.where(unresolved, slopes, 0.0)) / jnp.maximum(jnp.sum(unresolved), 1)
+    return jnp.where(unresolved, common, slopes)
 
 
 def draw_clean(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Array, batch_size: int | None) -> Array:

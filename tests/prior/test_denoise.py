@@ -130,7 +130,25 @@ def test_what_denoising_leaves_open_at_draws_that_resemble_each_other():
     left = np.asarray(prior.clean_draws(jr.key(1), alike) - prior.denoise(alike))
     deviation = lambda sd: np.sqrt(np.mean((sd / SIGMA - 1) ** 2))
     assert deviation(left.std(0)) < 0.2
-    assert deviation(np.asarray(prior.denoise_sd_of(alike))) > 0.4
+
+
+def test_slopes_below_zero_are_pooled_with_those_that_are_no_larger_than_their_error():
+    """The slopes of a network are off by as much as they are wide of 0 where they cannot be negative."""
+    variance = np.where(np.arange(400) < 380, 0.0005, 4.0)
+    off = 0.02 * np.clip(np.random.default_rng(0).normal(size=400), -2.5, 2.5)
+
+    def score(x, t):
+        alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        return -x / (alpha**2 * variance + sigma**2) + off * x / sigma**2
+
+    sd = np.asarray(make_prior(score, (400,)).denoise_sd_of(jr.normal(jr.key(0), (8, 400))))
+    slope = ALPHA * variance / (ALPHA**2 * variance + SIGMA**2) + off / ALPHA
+    common = slope[:380].mean()
+    assert common > 0
+    exact = np.sqrt(SIGMA**2 / ALPHA * np.where(np.arange(400) < 380, common, slope))
+    np.testing.assert_allclose(sd, exact, rtol=0.02)
+    # Each for itself, with negative ones cut at 0, would be too large together.
+    assert np.clip(slope[:380], 0, None).mean() > 2 * common
 
 
 def test_draws_are_noised_anew_where_they_came_from():
