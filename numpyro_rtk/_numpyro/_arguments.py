@@ -29,6 +29,27 @@ def check_target_accept_prob(value: Any) -> None:
         raise ValueError(f"`target_accept_prob` must be strictly between 0 and 1, got {value!r}.")
 
 
+def check_evaluations(value: Any, denoise: bool, **others: Any) -> None:
+    """Raise unless it is an integer that leaves an evaluation for a segment, and chooses what others do not.
+
+    Args:
+        value: Score evaluations of a draw.
+        denoise: Whether one of them denoises the draw.
+        **others: Arguments that it stands in the place of.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`evaluations` must be a number of score evaluations, got {value!r}.")
+    if value < 1 + denoise:
+        why = ", one of them for `denoise=True`" if denoise else ""
+        raise ValueError(f"`evaluations` must be at least {1 + denoise}{why}, got {value}.")
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(
+                f"`evaluations={value}` chooses `{name}` itself, got `{name}={other!r}` too. Leave one "
+                "of them out."
+            )
+
+
 def read_event(init_params: Any, site: str, event_shape: tuple[int, ...] | None, batched: bool) -> Any:
     """The initial value of the one site of a kernel without a model, an array or `{site: array}`; `None` if
     there is none.

@@ -17,13 +17,19 @@ from numpyro_rtk._diagnosis._start import check_calibration, check_segments, num
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
-from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, NoiseRange, resolve_segments
-from numpyro_rtk._numpyro._arguments import check_site, check_target_accept_prob, read_event
+from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, noise_range, NoiseRange, resolve_segments
+from numpyro_rtk._numpyro._arguments import (
+    check_evaluations,
+    check_site,
+    check_target_accept_prob,
+    read_event,
+)
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
 from numpyro_rtk._reverse._calibration import or_zero
 from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd
+from numpyro_rtk._reverse._gaussian import GaussianTransition
 from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
@@ -118,6 +124,11 @@ class RTKKernel(MCMCKernel):
             every step of a discrete schedule that has fewer.
         inner: The inner kernel; `None` is `PreconditionedMALA()`, the member of the MALA family that measured
             best (`benchmarks/cost.py`).
+        evaluations: Score evaluations of a draw, in place of `segments` and `inner`, which are then chosen
+            for that many: second-order Gaussian transitions (`GaussianTransition(order=2)`) between levels
+            that are even in the log signal-to-noise ratio. Nothing measured is closer to the law for a few
+            dozen evaluations (`benchmarks/evaluations.py`); but there is no accept step, and only more
+            evaluations reduce the bias.
         target_accept_prob: Acceptance probability that warmup aims at in every segment.
         denoise: Whether draws are of clean data, rather than with the noise of `t_min`; one more evaluation
             per draw.
@@ -142,6 +153,7 @@ class RTKKernel(MCMCKernel):
         schedule: AbstractNoiseSchedule | None = None,
         segments: Any = None,
         inner: AbstractInnerKernel | None = None,
+        evaluations: int | None = None,
         target_accept_prob: float = 0.7,
         denoise: bool = False,
         site: str = "x",
@@ -151,14 +163,19 @@ class RTKKernel(MCMCKernel):
         check_target_accept_prob(target_accept_prob)
         self._score_fn = score_fn
         self._event_shape = check_event_shape(event_shape)
-        self._schedule = schedule_or_assumed("RTKKernel", score_fn, schedule)
-        self._times = resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
-        self._inner = PreconditionedMALA() if inner is None else inner
-        check_kernel("inner", self._inner, score_fn, self.num_segments)
-        self._target_accept_prob = float(target_accept_prob)
         if not isinstance(denoise, bool):
             raise TypeError(f"`denoise` must be True or False, got {denoise!r}.")
         self._denoise = denoise
+        self._schedule = schedule_or_assumed("RTKKernel", score_fn, schedule)
+        if evaluations is None:
+            self._times = resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
+            self._inner = PreconditionedMALA() if inner is None else inner
+        else:
+            check_evaluations(evaluations, denoise, segments=segments, inner=inner)
+            noise, self._inner = noise_range(self._schedule), GaussianTransition(order=2)
+            self._times = noise.times(min(evaluations - denoise, noise.max_segments), rho=math.inf)
+        check_kernel("inner", self._inner, score_fn, self.num_segments)
+        self._target_accept_prob = float(target_accept_prob)
         self._site = site
         self._programs = Programs()
 

@@ -416,6 +416,46 @@ def test_target_accept_prob(value):
         rtk.RTKKernel(score, event_shape=(2,), target_accept_prob=value)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"evaluations": 0}, ValueError, r"`evaluations` must be at least 1, got 0"),
+        ({"evaluations": 1, "denoise": True}, ValueError, r"at least 2, one of them for `denoise=True`"),
+        ({"evaluations": True}, TypeError, r"`evaluations` must be a number of score evaluations, got True"),
+        ({"evaluations": 35.0}, TypeError, r"`evaluations` must be a number of score evaluations, got 35.0"),
+        ({"evaluations": 35, "segments": 9}, ValueError, r"`evaluations=35` chooses `segments` itself"),
+        ({"evaluations": 35, "inner": rtk.ULA()}, ValueError, r"`evaluations=35` chooses `inner` itself"),
+    ],
+)
+def test_evaluations(options, error, match):
+    with pytest.raises(error, match=match):
+        rtk.RTKKernel(score, event_shape=(2,), **options)
+
+
+@pytest.mark.parametrize("denoise", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_evaluations_are_segments_even_in_log_snr(name, denoise):
+    schedule = SCHEDULES[name]
+    kernel = rtk.RTKKernel(
+        score, event_shape=(2,), schedule=schedule, evaluations=np.int64(35), denoise=denoise
+    )
+    assert kernel.num_score_evals == 35 == kernel.num_segments + denoise
+    assert kernel.inner == rtk.GaussianTransition(order=2)
+    times = kernel.segment_times
+    assert (times[0], times[-1]) == (schedule.t_max, schedule.t_min)
+    with jax.enable_x64(True):
+        steps = np.diff(np.asarray(schedule.log_snr(jnp.asarray(times))))
+    # Steps of a discrete schedule are whole numbers.
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.6 if name == "DiscreteVP" else 1e-3)
+
+
+def test_evaluations_beyond_the_steps_of_a_discrete_schedule():
+    kernel = rtk.RTKKernel(
+        score, event_shape=(2,), schedule=rtk.DiscreteVP(np.array([0.9, 0.5, 0.1])), evaluations=35
+    )
+    assert kernel.num_score_evals == kernel.num_segments <= 3
+
+
 @pytest.mark.parametrize("site", ["", None, 3, ("x",)])
 def test_site(site):
     with pytest.raises(TypeError, match=r"`site` must be a non-empty string"):

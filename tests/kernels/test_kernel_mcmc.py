@@ -618,6 +618,18 @@ def test_evaluations_are_counted_right(inner, evaluations_per_segment):
     assert counter.count == (4 + 6) * per_pass + start
 
 
+def test_no_more_evaluations_than_asked_for():
+    counter = CountEvaluations()
+    counter.schedule = rtk.OU()
+    mcmc = run(rtk.RTKKernel(counter, event_shape=(2,), evaluations=7, denoise=True))
+    jax.effects_barrier()
+    before = counter.count
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(jr.key(1), extra_fields=("num_score_evals",))
+    jax.effects_barrier()
+    assert counter.count - before == field(mcmc, "num_score_evals").sum() == 6 * 7
+
+
 @pytest.mark.parametrize("chain_method", ["vectorized", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_second_run_traces_nothing(chain_method, count_traces):
     num_python_calls = 0
