@@ -126,9 +126,9 @@ class RTKKernel(MCMCKernel):
             best (`benchmarks/cost.py`).
         evaluations: Score evaluations of a draw, in place of `segments` and `inner`, which are then chosen
             for that many: second-order Gaussian transitions (`GaussianTransition(order=2)`) between levels
-            that are even in the log signal-to-noise ratio. Nothing measured is closer to the law for a few
-            dozen evaluations (`benchmarks/evaluations.py`); but there is no accept step, and only more
-            evaluations reduce the bias.
+            that are even in the log signal-to-noise ratio, closer to the law than the default at fewer
+            evaluations (`benchmarks/evaluations.py`). But there is no accept step, and only more evaluations
+            reduce the bias.
         target_accept_prob: Acceptance probability that warmup aims at in every segment.
         denoise: Whether draws are of clean data, rather than with the noise of `t_min`; one more evaluation
             per draw.
