@@ -7,38 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
-from jaxtyping import Array
-
-from numpyro_rtk._custom_types import Flag
-from numpyro_rtk._score._hoist import fingerprint_of, TRACED
+from jax.core import Tracer
+from jaxtyping import Array, UInt32
 
 
-class DataMark(eqx.Module):
-    """Tells the arguments of a model from others, at no cost where they are known while tracing."""
+def checksum(args: tuple[Any, ...], kwargs: dict[str, Any]) -> UInt32[Array, ""]:
+    """Tells the arguments of a model from others: 32 bits of all arrays and numbers among them.
 
-    checksum: Array
-    """A 32 bit checksum of all arrays."""
-    fingerprint: str = eqx.field(static=True)
-    """A digest of them, or `TRACED`."""
-
-    def replaced_by(self, own: "DataMark") -> "tuple[DataMark, Flag | None]":
-        """The mark of a state that goes on with the data of `own`, and whether those are others; `None` where
-        they are known to be the same.
-        """
-        if self.fingerprint == own.fingerprint and TRACED not in own.fingerprint:
-            return self, None
-        return DataMark(own.checksum, self.fingerprint), self.checksum != own.checksum
-
-
-def mark_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> DataMark:
-    """That of a model's arguments; what is no array or number is left out."""
+    A constant where they are known while tracing.
+    """
     leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if eqx.is_array_like(leaf)]
-    leaves = [leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for leaf in leaves]
-    fingerprint = fingerprint_of(leaves)
-    if fingerprint == TRACED:
-        return DataMark(_checksum(leaves), fingerprint)
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return _checksum(leaves)
     with jax.ensure_compile_time_eval():
-        return DataMark(_checksum(leaves), fingerprint)
+        return _checksum(leaves)
 
 
 def _checksum(leaves: list[Any]) -> Array:

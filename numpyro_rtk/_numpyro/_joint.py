@@ -70,7 +70,7 @@ def joint_sample(
     sites = latent_diffusion_sites(hmc.model, jr.key(0), args, kwargs)
     state = state._replace(z={name: hmc_state.z[name] for name in state.z})
     state = particle_gibbs.sample(state, args, _given_others(hmc, hmc_state.z, state.z, args, kwargs))
-    hmc_state = hmc.sample(hmc.moved(hmc_state, state.z, args, kwargs), args, kwargs)
+    hmc_state = hmc.trajectory(hmc.moved(hmc_state, state.z, args, kwargs), args, kwargs)
     evaluations = (
         state.num_score_evals + hmc_state.num_score_evals + sum(math.prod(site.batch_shape) for site in sites)
     )

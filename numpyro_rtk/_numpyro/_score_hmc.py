@@ -19,7 +19,7 @@ from numpyro.util import is_prng_key
 from numpyro_rtk._diagnosis._start import check_calibration
 from numpyro_rtk._moves._leapfrog import Leaves
 from numpyro_rtk._numpyro._arguments import read_start, resolved_strategy
-from numpyro_rtk._numpyro._data_mark import mark_of
+from numpyro_rtk._numpyro._data_mark import checksum
 from numpyro_rtk._numpyro._dependent import refuse_supports
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._score_hmc_chain import Chain, ScoreHMCState, SHARED
@@ -249,7 +249,7 @@ class ScoreHMC(MCMCKernel):
         name = f"begin {batched} {num_warmup} {dtype}"
         state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
         _check_start(state)
-        return state._replace(score_arrays=problem.scores, data=mark_of(model_args, kwargs))
+        return state._replace(score_arrays=problem.scores, data=checksum(model_args, kwargs))
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         # The model and the kernel's options are all that a program depends on besides its arguments.
@@ -263,18 +263,20 @@ class ScoreHMC(MCMCKernel):
         A run that is resumed with other arguments of the model evaluates the state once more where it begins.
         """
         kwargs = {} if model_kwargs is None else model_kwargs
-        chain = self._chain(state.score_arrays, model_args, kwargs)
         if kwargs.get(GIBBS_SITES_KWARG):  # a block of NumPyro's `Gibbs`, which calls `refresh` where needed
-            return _over_chains(chain.step, state)
-        assert state.data is not None
-        data, changed = state.data.replaced_by(mark_of(model_args, kwargs))
-        if changed is None:
-            return _over_chains(chain.step, state)
-        state = jax.lax.cond(
-            changed, lambda state: _over_chains(chain.anew, state), lambda state: state, state
-        )
+            return self.trajectory(state, model_args, kwargs)
+        chain, data = self._chain(state.score_arrays, model_args, kwargs), checksum(model_args, kwargs)
+        changed = state.data != data
+        state = jax.lax.cond(changed, functools.partial(_over_chains, chain.anew), lambda state: state, state)
         new = _over_chains(chain.step, state._replace(data=data))
         return new._replace(num_score_evals=new.num_score_evals + changed * chain.num_events)
+
+    def trajectory(
+        self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ScoreHMCState:
+        """The same from a state that was evaluated with these arguments, as `moved` gives."""
+        chain = self._chain(state.score_arrays, model_args, model_kwargs)
+        return _over_chains(chain.step, state)
 
     def refresh(
         self, state: ScoreHMCState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None

@@ -15,7 +15,6 @@ from numpyro_rtk._custom_types import Scalar
 from numpyro_rtk._moves._accept import metropolis, select
 from numpyro_rtk._moves._leapfrog import Evaluate, leapfrog, Leaves, MIN_STEPS, PathPoint
 from numpyro_rtk._moves._line_integral import dot
-from numpyro_rtk._numpyro._data_mark import DataMark
 from numpyro_rtk._numpyro._score_hmc_mass import mass_velocity
 from numpyro_rtk._numpyro._score_hmc_options import Options
 from numpyro_rtk._numpyro._states import lists_fields
@@ -68,8 +67,8 @@ class ScoreHMCState(NamedTuple):
     """Its gradient."""
     score_arrays: HoistedArrays
     """The networks' arrays, kept here so that they are arguments of the compiled program."""
-    data: DataMark | None
-    """The arguments of the model that `potential` and `score` are of."""
+    data: Array | None
+    """A checksum of the model's arguments that `score`, `potential` and `gradient` are of."""
     num_warmup: _NumWarmup
     """Length of the warmup."""
     rng_key: Any

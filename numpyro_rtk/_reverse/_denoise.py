@@ -42,9 +42,8 @@ def measure_denoise_sd(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Ar
     too, whose scatter is that of the noise, which most of a picture is.) `2 * NUM_PROBES` evaluations a draw.
 
     No variance is negative, but slopes of a network are, at many dark pixels of a picture, and how far below
-    0 they get says how well they are known. Coordinates that are not above that share their mean,
-    `_resolved`.
-    Where no slope is negative every coordinate keeps its own.
+    0 they get says how well they are known. Coordinates that are not above that share their mean; where no
+    slope is negative every coordinate keeps its own.
 
     Args:
         key: Random key; a fixed one makes the result a property of the prior.
