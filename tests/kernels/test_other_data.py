@@ -98,3 +98,23 @@ def test_arguments_are_told_apart():
     # A run traces arguments that its start had as they are.
     arrays = {name: value for name, value in one.items() if name != "name"}
     assert int(jax.jit(lambda kwargs: checksum((), kwargs))(arrays)) == sums[0]
+
+
+def test_the_state_is_that_of_a_start_with_the_other_data():
+    """Score, potential and gradient, and a score that depends on the arguments, too."""
+
+    def model(y, scale):
+        prior = rtk.DiffusionPrior(
+            lambda x, t: -scale * x, (), rtk.OU(), segments=2, reverse=rtk.GaussianTransition()
+        )
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", prior), 1.0), obs=y)
+
+    kernel = rtk.ScoreHMC(model, inverse_mass_matrix=np.ones(1))
+    start = jax.jit(lambda *args: kernel.init(jr.key(0), 0, {"x": jnp.asarray(1.5)}, args, {}))
+    one, other = (jnp.asarray(1.0), jnp.asarray(1.0)), (jnp.asarray(-2.0), jnp.asarray(3.0))
+    sample = jax.jit(lambda state, *args: kernel.sample(state, args, {}))
+    went_on, began = sample(start(*one), *other), sample(start(*other), *other)
+    assert went_on.num_score_evals == began.num_score_evals + 1
+    for name in ("z", "energy", "accept_prob", "score", "potential", "gradient"):
+        leaves = (jax.tree.leaves(getattr(state, name)) for state in (went_on, began))
+        np.testing.assert_allclose(*leaves, rtol=1e-5)

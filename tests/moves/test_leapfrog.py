@@ -338,3 +338,30 @@ def test_exact_draws_stay_exact(start):
 def test_what_is_wrong_is_caught(start, broken):
     draws, _ = skewed_chains(jr.key(1), start, **SETTINGS, **broken)
     assert min(p_values(draws)) < P_MIN
+
+
+def test_what_tuning_sees_of_a_trajectory_that_met_a_wall(x64):
+    """Its acceptance probability one step before the wall."""
+
+    def walled(position):
+        return rest(position) + jnp.where(position["x"][0] > 0.45, jnp.inf, 0.0)
+
+    evaluate = evaluation(score_of(own_potential, ["x"]), walled)
+    start, momentum = evaluate(as_arrays(START)), as_arrays(MOMENTUM)
+    seen = []
+    for sign in (1.0, -1.0):  # the energy error of one is positive, of the other negative
+        kick = {name: sign * value if name == "y" else value for name, value in momentum.items()}
+        whole = leapfrog(evaluate, unit_velocity, start, kick, 0.05, 20)
+        assert 2 < whole.num_evaluations < 20
+        before = leapfrog(evaluate, unit_velocity, start, kick, 0.05, whole.num_evaluations - 1, order=2)
+        assert jnp.isfinite(before.energy_error)
+        np.testing.assert_allclose(whole.error_inside, before.energy_error, rtol=1e-10)
+        seen.append(float(before.energy_error))
+        prob = whole.tuning_prob(jnp.zeros(()), jnp.ones((), bool))
+        np.testing.assert_allclose(prob, min(1.0, np.exp(-seen[-1])), rtol=1e-10)
+        assert whole.tuning_prob(jnp.asarray(0.3), jnp.zeros((), bool)) == 0.3
+    fast = {name: 10 * value for name, value in momentum.items()}
+    at_once = leapfrog(evaluate, unit_velocity, start, fast, 0.05, 20)
+    assert at_once.num_evaluations == 1
+    assert at_once.tuning_prob(jnp.zeros(()), jnp.ones((), bool)) == 0.0
+    assert min(seen) < 0 < max(seen), seen
