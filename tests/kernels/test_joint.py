@@ -159,7 +159,7 @@ def test_the_sweep_is_given_where_hmc_went(monkeypatch):
     kernel = RTKGibbs(ScoreHMC(model), **OPTIONS)
     particle_gibbs, hmc = (block for block, _ in kernel.blocks)
     seen = []
-    sweep, trajectory = particle_gibbs.sample, hmc.sample
+    sweep, trajectory = particle_gibbs.sample, hmc.trajectory
     monkeypatch.setattr(
         particle_gibbs,
         "sample",
@@ -167,7 +167,7 @@ def test_the_sweep_is_given_where_hmc_went(monkeypatch):
         raising=False,
     )
     monkeypatch.setattr(
-        hmc, "sample", lambda s, *a: seen.append(("hmc", s.z, a[1])) or trajectory(s, *a), raising=False
+        hmc, "trajectory", lambda s, *a: seen.append(("hmc", s.z, a[1])) or trajectory(s, *a), raising=False
     )
     state = kernel.init(jr.key(0), 0, None, (OBSERVED,), {})
     before = state.z
