@@ -26,7 +26,7 @@ from numpyro_rtk._diagnosis._report import Finding
 from numpyro_rtk._diagnosis._significance import normal_score, symmetric_limit
 from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._noising._times import NoiseRange
-from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentTuning
+from numpyro_rtk._reverse._base import AbstractInnerKernel, first_entry, SegmentEntry, SegmentTuning
 from numpyro_rtk._reverse._calibration import or_zero
 from numpyro_rtk._reverse._pass import rule_step_size
 from numpyro_rtk._reverse._pilot import prior_draws
@@ -94,7 +94,8 @@ def plan_trip(score_fn: ScoreModel, grid: NoiseGrid, inner: AbstractInnerKernel,
 def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers:
     """Take prior draws through one segment and back.
 
-    *Cost.* `evaluations_per_segment + 1` score evaluations a draw, and one more for a kernel with a memory.
+    *Cost.* `evaluations_per_segment + 1` score evaluations a draw, and one more for each segment
+    before that the kernel remembers.
 
     Args:
         key: Random key.
@@ -108,19 +109,21 @@ def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers
     segment = grid.segment(index)
     x_s = _noised(down_key, draws, grid.total_a[index + 1], grid.total_v[index + 1])
     x_t = _noised(up_key, x_s, segment.a, segment.v)
-    data, length = jnp.zeros_like(x_t), jnp.zeros((), x_t.dtype)
-    if inner.uses_history:
-        # What the segment before would have handed on.
-        above = grid.segment(jnp.maximum(index - 1, 0))
-        x_above = _noised(above_key, x_t, above.a, above.v)
+    # What the segments before would have handed on.
+    data, lengths, x_above = [], [], x_t
+    for i, key_above in enumerate(jr.split(above_key, inner.history)):
+        above = grid.segment(jnp.maximum(index - 1 - i, 0))
+        x_above = _noised(key_above, x_above, above.a, above.v)
         variance = (above.a * above.sigma_s) ** 2 + above.v
-        data = (x_above + variance * scores_of(x_above, above.t)) / above.alpha_t
-        length = jnp.where(index == 0, 0.0, 0.5 * jnp.log1p(above.v / (above.a * above.sigma_s) ** 2))
+        data.append((x_above + variance * scores_of(x_above, above.t)) / above.alpha_t)
+        length = 0.5 * jnp.log1p(above.v / (above.a * above.sigma_s) ** 2)
+        lengths.append(jnp.where(index <= i, 0.0, length))
 
-    def back(key: RandomKey, x_t: Array, score_t: Array, data: Array) -> Any:
+    def back(key: RandomKey, x_t: Array, score_t: Array, data: list[Array]) -> Any:
         target = ReverseTransition(score_fn, x_t, score_t, segment)
         here = SegmentTuning(tuning.step_size[index], tuning.curvature[index])
-        result = inner.run_segment(key, target, SegmentEntry(data, length), here)
+        entry = SegmentEntry(jnp.stack(data), jnp.stack(lengths)) if data else first_entry(x_t)
+        result = inner.run_segment(key, target, entry, here)
         return result.x, ~(result.failed | result.diverging)
 
     keys = jr.split(back_key, draws.shape[0])
@@ -170,7 +173,7 @@ def num_survey_pairs(kernel: AbstractInnerKernel, num_segments: int, dim: int) -
     evaluations, together = (
         (SURVEY_EVALUATIONS, SURVEY_PAIRS) if few else (SURVEY_EVALUATIONS_IN_MANY, SURVEY_PAIRS_IN_MANY)
     )
-    cost = num_segments * (kernel.evaluations_per_segment + 1 + kernel.uses_history)
+    cost = num_segments * (kernel.evaluations_per_segment + 1 + kernel.history)
     num_pairs = max(min(evaluations // cost, together), MIN_PAIRS)
     return num_pairs, max(together // num_pairs, 1)
 
@@ -278,6 +281,7 @@ def check_round_trip(
     draws: Array,
     kernel: AbstractInnerKernel,
     owner: str,
+    setting: str = "segments",
 ) -> list[Finding]:
     """Which segment changes the law of draws that pass through it: of groups that look suspicious, the worst.
 
@@ -293,6 +297,7 @@ def check_round_trip(
         draws: Draws of the prior at `t_min`, shape `(draws, *event)`.
         kernel: The reverse kernel.
         owner: What the user sets `segments` of, such as `RTKKernel`.
+        setting: Or what is set instead, as many.
 
     Returns:
         No finding, or one: the worst segment.
@@ -327,7 +332,7 @@ def check_round_trip(
         found = compare(pairs, view(pairs)._replace(directions=seen.directions, spread=seen.spread))
         for k in statistics:
             if found.large[k] and abs(found.z[k]) > most:
-                most, finding = abs(found.z[k]), [_too_long(segment, k, found, times, kernel, owner)]
+                most, finding = abs(found.z[k]), [_too_long(segment, k, found, times, kernel, owner, setting)]
     return finding
 
 
@@ -350,7 +355,13 @@ def _words(statistic: int, found: Changes) -> str:
 
 
 def _too_long(
-    index: int, statistic: int, found: Changes, times: np.ndarray, inner: AbstractInnerKernel, owner: str
+    index: int,
+    statistic: int,
+    found: Changes,
+    times: np.ndarray,
+    inner: AbstractInnerKernel,
+    owner: str,
+    setting: str,
 ) -> Finding:
     num_segments = times.size - 1
     num_steps = getattr(inner, "num_steps", None)
@@ -359,6 +370,6 @@ def _too_long(
         f"Segment {index} of {num_segments} of `{owner}` (t={times[index]:.3g} to {times[index + 1]:.3g}) is "
         f"too long for `{type(inner).__name__}`: prior draws at its end that are noised to its start and "
         f"brought back have another law, {_words(statistic, found)}. Draws follow another law than the "
-        f"network's. Give more segments (`segments={2 * num_segments}`, now {num_segments}){steps}."
+        f"network's. Give more {setting} (`{setting}={2 * num_segments}`, now {num_segments}){steps}."
     )
     return Finding("round_trip", index, float(found.change[statistic]), message)

@@ -132,14 +132,19 @@ def noise_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any) -
     return NoiseGrid(*(jnp.asarray(value, dtype) for value in values))
 
 
-def candidate_grid(noise: NoiseRange, num_segments: int, dtype: Any) -> NoiseGrid:
-    """Levels that a grid of `num_segments` may be chosen from, about even in the log signal-to-noise ratio.
+def candidate_times(noise: NoiseRange, num_segments: int, dtype: Any) -> np.ndarray:
+    """Times that a grid of `num_segments` may be chosen from, about even in the log signal-to-noise ratio.
 
     A discrete schedule, or a coarse precision, may have few.
     """
     wanted = max(NUM_CANDIDATES, CANDIDATES_PER_SEGMENT * num_segments)
     times = noise.times(min(wanted, noise.max_segments), rho=math.inf)
-    return noise_grid(noise.schedule, np.unique(np.asarray(times, dtype))[::-1], dtype)
+    return np.unique(np.asarray(times, dtype))[::-1]
+
+
+def candidate_grid(noise: NoiseRange, num_segments: int, dtype: Any) -> NoiseGrid:
+    """The grid of `candidate_times`."""
+    return noise_grid(noise.schedule, candidate_times(noise, num_segments, dtype), dtype)
 
 
 def chosen_grid(schedule: AbstractNoiseSchedule, candidates: NoiseGrid, indices: Array) -> NoiseGrid:

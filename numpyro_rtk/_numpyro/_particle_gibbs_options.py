@@ -150,7 +150,7 @@ def check_options(options: Options) -> Options:
     check_target_accept_prob(options.target_accept_prob)
     if options.reverse is not None:
         check_reverse_kernel("reverse", options.reverse)
-        if options.reverse.uses_history:
+        if options.reverse.history:
             raise ValueError(
                 f"`reverse={options.reverse!r}` extrapolates from the segment before, and a particle's "
                 f"segment "

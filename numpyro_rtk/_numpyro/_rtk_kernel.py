@@ -1,6 +1,5 @@
 """`RTKKernel`: draws from a diffusion model through NumPyro's `MCMC`."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +11,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._custom_types import Event
-from numpyro_rtk._diagnosis._round_trip import plan_trip, travel_all, Travellers
-from numpyro_rtk._diagnosis._start import check_calibration, check_segments, num_pilot_draws
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
+from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, noise_range, NoiseRange, resolve_segments
 from numpyro_rtk._numpyro._arguments import (
@@ -25,20 +22,17 @@ from numpyro_rtk._numpyro._arguments import (
     read_event,
 )
 from numpyro_rtk._numpyro._programs import Programs
+from numpyro_rtk._numpyro._rtk_start import measure_start, Settings
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
-from numpyro_rtk._reverse._calibration import or_zero
-from numpyro_rtk._reverse._denoise import denoise_event, measure_denoise_sd
+from numpyro_rtk._reverse._denoise import denoise_event
 from numpyro_rtk._reverse._gaussian import GaussianTransition
 from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
-from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._checks import (
     check_event_shape,
-    check_first_call,
     check_score_fn,
     check_score_shape,
-    first_call,
     schedule_or_assumed,
     shown,
 )
@@ -48,8 +42,11 @@ from numpyro_rtk._tuning._passes import AdaptState, PassTuner
 from numpyro_rtk._user import name_of
 
 
-DENOISE_DRAWS = 16
-"""Draws that measure the error of denoised draws."""
+DEFAULT_EVALUATIONS = 50
+"""Score evaluations of a draw where the user chooses nothing (`benchmarks/evaluations.py`)."""
+
+DEFAULT_ACCEPT_PROB = 0.7
+"""Target of the acceptance probability, for inner kernels that have one."""
 
 
 class Shared(NamedTuple):
@@ -57,6 +54,8 @@ class Shared(NamedTuple):
 
     score_arrays: HoistedArrays
     """The network's arrays, kept here so that they are arguments of the compiled program."""
+    grid: NoiseGrid
+    """The segments of a pass; its times are `grid.t`, from noise to data."""
     terminal: Terminal
     """The law at the top of the grid, where passes start."""
     denoise_sd: Event | None
@@ -87,10 +86,16 @@ class RTKState(NamedTuple):
 class RTKKernel(MCMCKernel):
     r"""Draw from a diffusion model: each MCMC iteration is one full reverse pass from fresh noise.
 
+    With no other argument than the score, or with `evaluations`, a pass is made of Gaussian transitions of
+    third order, at levels that are placed where passes learn most about their draws: the most accurate for
+    a few dozen evaluations. With `segments`, `inner` or `target_accept_prob`, a kernel of the MALA family or
+    another inner kernel takes steps in every segment.
+
     *Law.* Draws follow `p_{t_min}`, the law of the data noised to `t_min`, and are independent of each
-    other once warmup is over. The exactness of the law rests on the inner kernel: with the MALA family the
-    error falls geometrically with `num_steps`, down to the error of the energy difference; `ULA`, `ULD` and
-    `GaussianTransition` are biased at first or second order. The pass starts from a
+    other once warmup is over. `GaussianTransition`, `ULA` and `ULD` are biased, and more segments or steps
+    reduce the bias: on the laws of `benchmarks/evaluations.py`, 20,000 draws of 35 evaluations are about as
+    far from the law as 20,000 exact draws. With the MALA family the error falls geometrically with
+    `num_steps`, down to the error of the energy difference. The pass starts from a
     Gaussian with the measured mean and variance, by coordinate, of the data noised to the top of the grid.
 
     With `denoise=True` draws are those of clean data, up to the same error: `E[x_0 | x]` of such a draw plus
@@ -98,17 +103,19 @@ class RTKKernel(MCMCKernel):
     by coordinate are those of the data; of `x_0` given `x` the correlation, the shape, and how its spread
     varies with `x` are lost, all of the size of the noise of `t_min`.
 
-    *Cost.* `num_segments * inner.evaluations_per_segment` score evaluations per draw, in
+    *Cost.* `evaluations` score evaluations per draw, or `num_segments * inner.evaluations_per_segment`, in
     `state.num_score_evals`. `init` makes more: 128 pilot draws (16 above 256 dimensions) of
-    `44 + num_segments` evaluations, which measure the terminal Gaussian and check the score, and up to 16,384
-    (1,024) for round trips that check the segments, or 4 of every segment if that is more. Only where a
-    segment looks suspicious, 3,072 (160) further draws of 43 evaluations and up to two round trips each.
+    `44 + num_segments` evaluations (92 where levels are placed), which measure the terminal Gaussian, place
+    levels and check the score, and up to 16,384 (1,024) for round trips that check the segments, or 4 of
+    every segment if that is more. Only where a segment looks suspicious, 3,072 (160) further draws of 43
+    evaluations and up to two round trips each.
 
-    *Warmup* learns, per segment, the mean curvature of `-log p_s` and a step size: dual averaging of the mean
-    acceptance probability towards `target_accept_prob` for the MALA family, a rule based on the curvature
-    for `ULA` and `ULD`; and, once for all segments, how the curvature is spread over coordinates. Nothing
-    changes after warmup. With `num_warmup=0` step sizes assume the largest curvature any data can have,
-    `1 / sigma_s^2`, which is safe and short.
+    *Warmup* of inner kernels with steps learns, per segment, the mean curvature of `-log p_s` and a step
+    size: dual averaging of the mean acceptance probability towards `target_accept_prob` for the MALA family,
+    a rule based on the curvature for `ULA` and `ULD`; and, once for all segments, how the curvature is spread
+    over coordinates. Nothing changes after warmup. With `num_warmup=0` step sizes assume the largest
+    curvature any data can have, `1 / sigma_s^2`, which is safe and short. Gaussian transitions learn nothing,
+    and need no warmup.
 
     *Failures.* If the network returns something non-finite where a segment starts, the pass is discarded: the
     draw before is kept and `diverging` is set. A non-finite proposal of an adjusted kernel is
@@ -120,16 +127,14 @@ class RTKKernel(MCMCKernel):
         event_shape: Shape of one event; may be left out if `init_params` is given to `MCMC.run`.
         schedule: The noising process. `None`: the schedule of `score_fn` if it has one (the adapters do),
             else `OU()`.
-        segments: Number of segments (placed by `segment_times`), or a decreasing time grid. `None`: 32, or
-            every step of a discrete schedule that has fewer.
-        inner: The inner kernel; `None` is `PreconditionedMALA()`, the member of the MALA family that measured
-            best (`benchmarks/cost.py`).
+        segments: Number of segments (placed by `segment_times`), or a decreasing time grid. `None` with an
+            `inner`: 32, or every step of a discrete schedule that has fewer.
+        inner: The inner kernel; `None` with `segments` is `PreconditionedMALA()`, the member of the MALA
+            family that measured best (`benchmarks/cost.py`).
         evaluations: Score evaluations of a draw, in place of `segments` and `inner`, which are then chosen
-            for that many: second-order Gaussian transitions (`GaussianTransition(order=2)`) between levels
-            that are even in the log signal-to-noise ratio, closer to the law than the default at fewer
-            evaluations (`benchmarks/evaluations.py`). But there is no accept step, and only more evaluations
-            reduce the bias.
-        target_accept_prob: Acceptance probability that warmup aims at in every segment.
+            for that many: `GaussianTransition(order=3)`, at levels that are placed when a run starts
+            (`state.shared.grid.t`). `None`: 50, unless `segments`, `inner` or `target_accept_prob` is given.
+        target_accept_prob: Acceptance probability that warmup aims at in every segment; `None` is 0.7.
         denoise: Whether draws are of clean data, rather than with the noise of `t_min`; one more evaluation
             per draw.
         site: Name of the sample site.
@@ -154,34 +159,43 @@ class RTKKernel(MCMCKernel):
         segments: Any = None,
         inner: AbstractInnerKernel | None = None,
         evaluations: int | None = None,
-        target_accept_prob: float = 0.7,
+        target_accept_prob: float | None = None,
         denoise: bool = False,
         site: str = "x",
     ) -> None:
         check_score_fn(score_fn)
         check_site(site)
-        check_target_accept_prob(target_accept_prob)
+        if target_accept_prob is not None:
+            check_target_accept_prob(target_accept_prob)
         self._score_fn = score_fn
         self._event_shape = check_event_shape(event_shape)
         if not isinstance(denoise, bool):
             raise TypeError(f"`denoise` must be True or False, got {denoise!r}.")
         self._denoise = denoise
         self._schedule = schedule_or_assumed("RTKKernel", score_fn, schedule)
+        own = {"segments": segments, "inner": inner, "target_accept_prob": target_accept_prob}
+        if evaluations is None and all(value is None for value in own.values()):
+            evaluations = DEFAULT_EVALUATIONS
         if evaluations is None:
             self._times = resolve_segments(self._schedule, segments, DEFAULT_SEGMENTS)
+            self._noise = NoiseRange(self._schedule, t_min=self._times[-1], t_max=self._times[0])
+            self._num_segments = self._times.size - 1
             self._inner = PreconditionedMALA() if inner is None else inner
         else:
-            check_evaluations(evaluations, denoise, segments=segments, inner=inner)
-            noise, self._inner = noise_range(self._schedule), GaussianTransition(order=2)
-            self._times = noise.times(min(evaluations - denoise, noise.max_segments), rho=math.inf)
+            check_evaluations(evaluations, denoise, **own)
+            self._times, self._noise = None, noise_range(self._schedule)
+            self._num_segments = min(int(evaluations) - denoise, self._noise.max_segments)
+            self._inner = GaussianTransition(order=3)
         check_kernel("inner", self._inner, score_fn, self.num_segments)
-        self._target_accept_prob = float(target_accept_prob)
+        self._target_accept_prob = float(
+            DEFAULT_ACCEPT_PROB if target_accept_prob is None else target_accept_prob
+        )
         self._site = site
         self._programs = Programs()
 
     def __repr__(self) -> str:
         shape = "that of init_params" if self._event_shape is None else self._event_shape
-        noise = NoiseRange(self._schedule, t_min=self._times[-1], t_max=self._times[0])
+        noise = self._noise
         law = "clean data" if self._denoise else f"noise of sd {noise.data_sd:.3g} at t_min={noise.t_min:.3g}"
         return (
             f"RTKKernel({name_of(self._score_fn)}, site={self._site!r}, event_shape={shape}, "
@@ -215,14 +229,18 @@ class RTKKernel(MCMCKernel):
         return self._schedule
 
     @property
-    def segment_times(self) -> np.ndarray:
-        """The time grid, shape `(num_segments + 1,)`, from noise to data."""
-        return self._times.copy()
+    def segment_times(self) -> np.ndarray | None:
+        """The time grid, shape `(num_segments + 1,)`, from noise to data.
+
+        `None` where a run places its levels by what it measures: they are `state.shared.grid.t`, and may be
+        given to another kernel as `segments`.
+        """
+        return None if self._times is None else self._times.copy()
 
     @property
     def num_segments(self) -> int:
         """Number of segments."""
-        return self._times.size - 1
+        return self._num_segments
 
     @property
     def target_accept_prob(self) -> float:
@@ -244,7 +262,7 @@ class RTKKernel(MCMCKernel):
         worst = int(np.argmin(accept))
         return (
             f"{evaluations}, acc. prob={float(state.accept_prob):.2f} "
-            f"(lowest {accept[worst]:.2f} in segment {worst}, t={self._times[worst + 1]:.2g}){failed}"
+            f"(lowest {accept[worst]:.2f} in segment {worst}, t={state.shared.grid.t[worst + 1]:.2g}){failed}"
         )
 
     def init(
@@ -273,49 +291,23 @@ class RTKKernel(MCMCKernel):
             shape, dtype = self._event_shape, jnp.result_type(float)
         else:
             shape, dtype = value.shape[1:] if batched else value.shape, value.dtype
-        grid = noise_grid(self._schedule, self._times, dtype)
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
         check_score_shape(self._score_fn, x, t, model_args, kwargs)
         arrays, _ = self._hoist(x, t, model_args, kwargs)
-
-        def measure(arrays: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            model = self._hoist(x, t, args, kwargs)[1](arrays)
-            grid = noise_grid(self._schedule, self._times, dtype)
-            draw_key, pilot_key = jr.split(jr.key(0))
-            noise = NoiseRange(self._schedule, self._times[-1], self._times[0])
-            num_draws = num_pilot_draws(math.prod(shape))
-            draws, terminal = prior_draws(draw_key, model, noise, shape, dtype, num_draws)
-            pilot = run_pilot(pilot_key, model, grid, or_zero(draws))
-            usable, sd = or_zero(draws[:DENOISE_DRAWS]), None
-            if self._denoise:
-                sd = measure_denoise_sd(jr.key(1), model, grid.level(-1), usable)
-            called = first_call(model, grid, shape)
-            return called, (terminal, sd), draws, pilot.curvature[1:], pilot.calibration
-
-        name = f"measure {shape} {dtype}"
-        called, (terminal, denoise_sd), *pilot = self._programs(
-            name, self._score_fn, measure, arrays.arrays, model_args, kwargs
+        settings = Settings(
+            score_fn=self._score_fn,
+            model=lambda arrays, args, kwargs: self._hoist(x, t, args, kwargs)[1](arrays),
+            noise=self._noise,
+            times=self._times,
+            num_segments=self.num_segments,
+            inner=self._inner,
+            denoise=self._denoise,
+            shape=shape,
+            dtype=dtype,
         )
-        draws, curvature, calibration = pilot
-        check_first_call(called, grid)
-        num_failed = jnp.sum(~jnp.all(jnp.isfinite(draws.reshape(draws.shape[0], -1)), axis=1))
-        fits = check_calibration(
-            self._score_fn, self._schedule, grid, shape, calibration, num_failed=num_failed
+        grid, terminal, denoise_sd = measure_start(
+            settings, self._programs, (arrays.arrays, model_args, kwargs)
         )
-
-        def fly(*inputs: Any) -> Travellers:
-            def trips(arrays: Any, curvature: Array, args: Any, kwargs: Any, inputs: Any) -> Travellers:
-                model = self._hoist(x, t, args, kwargs)[1](arrays)
-                grid = noise_grid(self._schedule, self._times, dtype)
-                noise = NoiseRange(self._schedule, self._times[-1], self._times[0])
-                key, *places = inputs
-                return travel_all(key, plan_trip(model, grid, self._inner, curvature), noise, *places)
-
-            seen = (arrays.arrays, curvature, model_args, kwargs, inputs)
-            return self._programs(f"trips {shape} {dtype}", self._score_fn, trips, *seen)
-
-        if fits:
-            check_segments(self._score_fn, fly, grid, draws, self._inner, "RTKKernel")
         tuner = self._tuner(grid)
 
         def init_chain(rng_key: Any, value: Any) -> RTKState:
@@ -335,13 +327,14 @@ class RTKKernel(MCMCKernel):
             )
 
         state = jax.vmap(init_chain)(rng_key, value) if batched else init_chain(rng_key, value)
-        return state._replace(shared=Shared(arrays, terminal, denoise_sd))
+        return state._replace(shared=Shared(arrays, grid, terminal, denoise_sd))
 
     def _hoist(self, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network's arrays, marked with all that a state of this kernel depends on."""
         found, rebuild = hoist(self._score_fn, x, t, args, kwargs)
         # What was learnt for one reverse kernel or grid means something else for another.
-        settings = f"{type(self._inner).__name__} on {self._times.tolist()}" + ", denoised" * self._denoise
+        levels = f"{self.num_segments} segments" if self._times is None else self._times.tolist()
+        settings = f"{type(self._inner).__name__} on {levels}" + ", denoised" * self._denoise
         return HoistedArrays(found.arrays, f"{found.fingerprint} {settings}"), rebuild
 
     def _tuner(self, grid: NoiseGrid) -> PassTuner:
@@ -359,7 +352,7 @@ class RTKKernel(MCMCKernel):
         own, rebuild = self._hoist(x, t, model_args, kwargs)
         arrays = state.shared.score_arrays.current(own, "another inner kernel or other segments")
         model = rebuild(arrays.arrays)
-        tuner = self._tuner(noise_grid(self._schedule, self._times, dtype))
+        tuner = self._tuner(state.shared.grid)
 
         def step(state: RTKState, shared: Shared) -> RTKState:
             return self._sample_chain(state, shared, model, tuner)

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Float
 
 from numpyro_rtk._custom_types import Event, Flag, RandomKey, Scalar
 from numpyro_rtk._reverse._segment import ReverseTransition
@@ -24,17 +25,24 @@ class SegmentTuning(NamedTuple):
 
 
 class SegmentEntry(NamedTuple):
-    """What a segment needs to know about the one before, besides `x_t` and its score."""
+    """What a kernel with a memory knows about the segments before, the last one first."""
 
-    data_prediction: Event
-    """`E[x_0 | x]` at the start of the segment before."""
-    half_log_snr_step: Scalar
-    """Length of the segment before in `log(alpha / sigma)`; 0 at the first segment."""
+    data_predictions: Float[Array, "history ..."]
+    """`E[x_0 | x]` at their starts, shape `(history, *event)`."""
+    half_log_snr_steps: Float[Array, " history"]
+    """Their lengths in `log(alpha / sigma)`; 0 where there was none."""
+
+    def after(self, data_prediction: Event, half_log_snr_step: Scalar) -> "SegmentEntry":
+        """That of the next segment."""
+        history = self.half_log_snr_steps.shape[0]
+        predictions = jnp.concatenate([data_prediction[None], self.data_predictions])
+        steps = jnp.append(half_log_snr_step, self.half_log_snr_steps)
+        return SegmentEntry(predictions[:history], steps[:history])
 
 
-def first_entry(x: Event) -> SegmentEntry:
+def first_entry(x: Event, history: int = 0) -> SegmentEntry:
     """That of a segment with none before it."""
-    return SegmentEntry(jnp.zeros_like(x), jnp.zeros((), x.dtype))
+    return SegmentEntry(jnp.zeros((history, *x.shape), x.dtype), jnp.zeros(history, x.dtype))
 
 
 class SegmentResult(NamedTuple):
@@ -76,9 +84,9 @@ class AbstractInnerKernel(eqx.Module):
         return getattr(self, "max_step_size", math.inf)
 
     @property
-    def uses_history(self) -> bool:
-        """Whether a segment depends on the one before by more than `x_t`, as no particle's may."""
-        return False
+    def history(self) -> int:
+        """Number of segments before that a segment depends on by more than `x_t`, as no particle's may."""
+        return 0
 
     @property
     @abc.abstractmethod

@@ -145,7 +145,9 @@ def reverse_pass(
 
     # The score at the top only centres the start of the first segment: that of the law that x was drawn
     # from costs no evaluation.
-    start = _Pass(x, terminal.score(x), first_entry(x), jnp.zeros_like(x), jnp.zeros((), bool))
+    start = _Pass(
+        x, terminal.score(x), first_entry(x, kernel.history), jnp.zeros_like(x), jnp.zeros((), bool)
+    )
     keys = jr.split(segments_key, grid.num_segments)
     inputs = (keys, segments, tuning.step_size, tuning.curvature, weights)
     end, (reported, path) = jax.lax.scan(body, start, inputs)

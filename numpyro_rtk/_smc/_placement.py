@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from numpyro_rtk._custom_types import RandomKey
 from numpyro_rtk._noising._grid import Level, NoiseGrid
+from numpyro_rtk._noising._placement import levels_by_density
 from numpyro_rtk._score._model import ScoreModel
 
 
@@ -76,16 +77,5 @@ def place_levels(difficulty: Array, num_segments: int) -> Array:
     Returns:
         Shape `(num_segments + 1,)`, strictly increasing, from the first candidate to the last.
     """
-    last = difficulty.shape[0] - 1
     root = jnp.sqrt(difficulty + NEGLIGIBLE_DIFFICULTY)
-    weights = 0.5 * (root[1:] + root[:-1])
-    density = (1 - EVEN_SHARE) * weights / jnp.sum(weights) + EVEN_SHARE / last
-    reached = jnp.concatenate([jnp.zeros(1, density.dtype), jnp.cumsum(density)])
-    order = jnp.arange(num_segments + 1)
-    wanted = jnp.interp(
-        order / num_segments, reached / reached[-1], jnp.arange(last + 1, dtype=density.dtype)
-    )
-    indices = jnp.round(wanted).astype(order.dtype)
-    # Distinct, and none beyond the ends.
-    indices = jax.lax.cummax(indices - order) + order
-    return jnp.minimum(indices, last - num_segments + order)
+    return levels_by_density(0.5 * (root[1:] + root[:-1]), num_segments, EVEN_SHARE)

@@ -291,11 +291,11 @@ def test_good_grids_are_kept():
     kernel = rtk.RTKKernel(score, event_shape=(2,), segments=times)
     np.testing.assert_array_equal(kernel.segment_times, times)
     assert kernel.num_segments == 2
-    assert rtk.RTKKernel(score, event_shape=(2,)).num_segments == _rtk_kernel.DEFAULT_SEGMENTS
-    assert (
-        rtk.RTKKernel(score, event_shape=(2,), schedule=rtk.DiscreteVP([0.9, 0.5, 0.2, 0.1])).num_segments
-        == 3
-    )
+    adjusted = {"event_shape": (2,), "inner": rtk.MALA(4)}
+    assert rtk.RTKKernel(score, **adjusted).num_segments == _rtk_kernel.DEFAULT_SEGMENTS
+    few = rtk.DiscreteVP([0.9, 0.5, 0.2, 0.1])
+    assert rtk.RTKKernel(score, schedule=few, **adjusted).num_segments == 3
+    assert rtk.RTKKernel(score, event_shape=(2,), schedule=few).num_segments == 3
     kernel.segment_times[0] = -1.0  # a copy
     np.testing.assert_array_equal(kernel.segment_times, times)
 
@@ -410,7 +410,7 @@ def test_schedule_of_the_adapter_is_taken():
 # The other arguments
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 1.5, np.nan, None, "0.7"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 1.5, np.nan, "0.7"])
 def test_target_accept_prob(value):
     with pytest.raises(ValueError, match=r"`target_accept_prob` must be strictly between 0 and 1"):
         rtk.RTKKernel(score, event_shape=(2,), target_accept_prob=value)
@@ -425,6 +425,7 @@ def test_target_accept_prob(value):
         ({"evaluations": 35.0}, TypeError, r"`evaluations` must be a number of score evaluations, got 35.0"),
         ({"evaluations": 35, "segments": 9}, ValueError, r"`evaluations=35` chooses `segments` itself"),
         ({"evaluations": 35, "inner": rtk.ULA()}, ValueError, r"`evaluations=35` chooses `inner` itself"),
+        ({"evaluations": 35, "target_accept_prob": 0.8}, ValueError, "chooses `target_accept_prob` itself"),
     ],
 )
 def test_evaluations(options, error, match):
@@ -432,21 +433,37 @@ def test_evaluations(options, error, match):
         rtk.RTKKernel(score, event_shape=(2,), **options)
 
 
-@pytest.mark.parametrize("denoise", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_evaluations_are_segments_even_in_log_snr(name, denoise):
-    schedule = SCHEDULES[name]
-    kernel = rtk.RTKKernel(
-        score, event_shape=(2,), schedule=schedule, evaluations=np.int64(35), denoise=denoise
-    )
+def test_evaluations_are_third_order_segments_placed_when_a_run_starts(name):
+    schedule, denoise = SCHEDULES[name], name == "OU"
+    options = {"event_shape": (2,), "schedule": schedule}
+    kernel = rtk.RTKKernel(score, evaluations=np.int64(35), denoise=denoise, **options)
     assert kernel.num_score_evals == 35 == kernel.num_segments + denoise
-    assert kernel.inner == rtk.GaussianTransition(order=2)
-    times = kernel.segment_times
-    assert (times[0], times[-1]) == (schedule.t_max, schedule.t_min)
-    with jax.enable_x64(True):
-        steps = np.diff(np.asarray(schedule.log_snr(jnp.asarray(times))))
-    # Steps of a discrete schedule are whole numbers.
-    np.testing.assert_allclose(steps, steps.mean(), rtol=0.6 if name == "DiscreteVP" else 1e-3)
+    assert kernel.inner == rtk.GaussianTransition(order=3)
+    assert kernel.segment_times is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `score` is that of OU
+        times = np.asarray(kernel.init(jr.key(0), 0, None, (), {}).shared.grid.t)
+    np.testing.assert_allclose((times[0], times[-1]), (schedule.t_max, schedule.t_min), rtol=1e-6)
+    # They can be given to another kernel.
+    other = rtk.RTKKernel(score, segments=times, inner=kernel.inner, **options)
+    np.testing.assert_array_equal(other.segment_times, times)
+
+
+def test_nothing_given_is_fifty_evaluations():
+    kernel = rtk.RTKKernel(score, event_shape=(2,))
+    assert (kernel.num_score_evals, kernel.inner) == (50, rtk.GaussianTransition(order=3))
+    clean = rtk.RTKKernel(score, event_shape=(2,), denoise=True)
+    assert (clean.num_score_evals, clean.num_segments) == (50, 49)
+
+
+@pytest.mark.parametrize(
+    "options", [{"segments": 32}, {"inner": rtk.PreconditionedMALA()}, {"target_accept_prob": 0.7}]
+)
+def test_anything_given_is_the_kernel_with_an_accept_step(options):
+    kernel = rtk.RTKKernel(score, event_shape=(2,), **options)
+    assert (kernel.num_segments, kernel.inner) == (32, rtk.PreconditionedMALA())
+    assert kernel.target_accept_prob == 0.7
 
 
 def test_evaluations_beyond_the_steps_of_a_discrete_schedule():
@@ -511,7 +528,7 @@ def _time(t):
 
 
 def test_a_score_of_the_wrong_scale_is_warned_of_with_the_factor():
-    with pytest.warns(UserWarning, match=r"level \d+ of 32 .* is 1.43 times the noise that the score"):
+    with pytest.warns(UserWarning, match=r"level \d+ of 48 .* is 1.43 times the noise that the score"):
         rtk.RTKKernel(lambda x, t: -0.7 * x, event_shape=(30,)).init(jr.key(0), 1, None, (), {})
 
 

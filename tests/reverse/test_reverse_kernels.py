@@ -29,7 +29,7 @@ from numpyro_rtk._moves._line_integral import AbstractEnergyDifference
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid
 from numpyro_rtk._noising._terminal import standard_terminal, terminal
-from numpyro_rtk._reverse._base import AbstractInnerKernel, SegmentEntry, SegmentTuning
+from numpyro_rtk._reverse._base import AbstractInnerKernel, first_entry, SegmentTuning
 from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
 from numpyro_rtk._reverse._uld import force_weight, position_noise_scale, velocity_weight
 from numpyro_rtk._score._adapters import AbstractNetworkScore
@@ -301,7 +301,7 @@ def test_starts(kernel, start, monkeypatch, x64):
 
 @every_markov_kernel
 def test_a_segment_begins_at_its_start_and_takes_its_steps(kernel):
-    target, entry = segment(mixture(), jnp.float32), SegmentEntry(jnp.zeros(2), jnp.zeros(()))
+    target, entry = segment(mixture(), jnp.float32), first_entry(jnp.zeros(2))
     for step_size in (0.0, 0.02):
         tuning = as_dtype((step_size, CURVATURE), jnp.float32)
         start_key, auxiliary_key, steps_key = jr.split(jr.key(0), 3)
@@ -476,7 +476,7 @@ COSTS = [
     (ULA(STEPS), K * (STEPS + 1)),
     (ULD(STEPS), K * (STEPS + 1)),
     (GaussianTransition(), K),
-    (GaussianTransition(order=2), K),
+    (GaussianTransition(order=3), K),
 ]
 
 
@@ -532,7 +532,7 @@ def test_inner_kernels_run_in_a_trace_of_their_fields():
 
 
 @pytest.mark.parametrize(
-    "kernel", [*MARKOV_KERNELS, GaussianTransition(), GaussianTransition(order=2)], ids=repr
+    "kernel", [*MARKOV_KERNELS, GaussianTransition(), GaussianTransition(order=3)], ids=repr
 )
 @pytest.mark.parametrize("x64_mode", [False, True], ids=["float32", "float64"])
 def test_dtypes_and_shapes_of_a_pass(kernel, x64_mode):
@@ -648,10 +648,13 @@ def test_first_order_transition_is_ddpm(x64):
     log_posterior = lambda z: log_gaussian(z, alpha_s * data, sigma_s**2) + log_gaussian(x, a * z, v)
     variance = -1 / jax.hessian(log_posterior)(x)[0, 0]
     mean = x + variance * jax.grad(log_posterior)(x)
-    entry = SegmentEntry(jnp.zeros_like(x), jnp.zeros((), x.dtype))
-    result = GaussianTransition().run_segment(jr.key(5), target, entry, as_dtype(TUNING))
+    result = GaussianTransition().run_segment(jr.key(5), target, first_entry(x), as_dtype(TUNING))
     np.testing.assert_allclose(result.x, mean + jnp.sqrt(variance) * jr.normal(jr.key(5), (2,)), rtol=1e-11)
-    np.testing.assert_allclose(result.entry.data_prediction, data, rtol=1e-12)
+    # A kernel with a memory starts with the same step, and remembers the prediction.
+    with_memory = GaussianTransition(order=3)
+    again = with_memory.run_segment(jr.key(5), target, first_entry(x, with_memory.history), as_dtype(TUNING))
+    np.testing.assert_allclose(again.x, result.x, rtol=1e-14)
+    np.testing.assert_allclose(again.entry.data_predictions, jnp.stack([data, jnp.zeros(2)]), rtol=1e-12)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -683,6 +686,35 @@ def test_transitions_are_sde_dpm_solver_plus_plus(order, x64):
         path.append(x)
         data_before = data
     np.testing.assert_allclose(result.path, np.stack(path), rtol=1e-10)
+
+
+def test_third_order_integrates_the_parabola_through_three_predictions(x64):
+    # The exact solution for a data prediction that is known, lambda = log(alpha / sigma): the integral of
+    # 2 exp(-2 (lambda_s - lambda)) D(lambda) by quadrature, D through the last two, then three points.
+    schedule, score_fn, key = VP(), mixture(VP()), jr.key(1)
+    times = jnp.asarray([0.9, 0.6, 0.3, 0.2, 0.02])
+    grid = noise_grid(schedule, np.asarray(times), jnp.float64)
+    kernel = GaussianTransition(order=3)
+    x = jnp.asarray([0.4, -0.9])
+    tuning, top = default_tuning(kernel, grid, (2,)), standard_terminal(grid, (2,))
+    result = reverse_pass(key, score_fn, grid, kernel, tuning, top, x=x, keep_path=True)
+
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    lam = np.asarray(jnp.log(alpha / sigma))
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    path, data = [], []
+    for i, noise_key in enumerate(jr.split(jr.split(key)[1], 4)):
+        data.append((x + sigma[i] ** 2 * score_fn(x, times[i])) / alpha[i])
+        last = slice(max(i - 2, 0), i + 1)
+        curve = np.polyfit(lam[last], np.stack(data[last]), len(lam[last]) - 1)
+        h = lam[i + 1] - lam[i]
+        at = lam[i] + h * (nodes + 1) / 2
+        kernel_at = 2 * np.exp(-2 * (lam[i + 1] - at)) * weights * h / 2
+        mean = np.stack([np.sum(kernel_at * np.polyval(column, at)) for column in curve.T])
+        x = sigma[i + 1] / sigma[i] * np.exp(-h) * x + alpha[i + 1] * mean
+        x += sigma[i + 1] * np.sqrt(1 - np.exp(-2 * h)) * jr.normal(noise_key, (2,))
+        path.append(x)
+    np.testing.assert_allclose(result.path, np.stack(path), rtol=1e-9)
 
 
 # Failures are data.
@@ -813,7 +845,7 @@ def test_kernels_refuse(make, options, error, message):
         ),
         (lambda: ULD(friction=0.0), r"`ULD\(friction=...\)` must be positive and finite, got 0.0"),
         (lambda: ULD(friction=[1.0, 2.0]), r"`ULD\(friction=...\)` must be a scalar, got shape \(2,\)"),
-        (lambda: GaussianTransition(order=3), r"`GaussianTransition\(order=...\)` must be 1 or 2, got 3"),
+        (lambda: GaussianTransition(order=4), r"`GaussianTransition\(order=...\)` must be 1, 2 or 3, got 4"),
     ],
 )
 def test_kernels_refuse_values(make, message):
