@@ -144,6 +144,8 @@ def main():
                     mcmc.run(jr.key(seed), *one)
                 draws = np.asarray(mcmc.get_samples()["x"])
                 ratios.append(np.mean([sliced_w2(draws, one) for one in exact[seed]]) / floor)
+            # NumPyro compiles its loop for each run, and a process has a limited number of memory mappings.
+            jax.clear_caches()
             error = np.std(ratios) / np.sqrt(max(len(ratios) - 1, 1))
             row.append(f"{name}: {np.mean(ratios):.2f} ({error:.2f})")
         print(f"{label:28s} {'  '.join(row)}", flush=True)

@@ -11,4 +11,5 @@ MAX_EXACT_OBSERVATIONS = 64
 """Most Gaussian observations for which the covariance of the twist is formed as a matrix."""
 
 MANY_DIMENSIONS = 256
-"""Above so many, round trips through a segment take fewer draws, as each tells more and costs more."""
+"""Above so many, round trips through a segment and pilots of a posterior take fewer draws, as each tells more
+and costs more."""

@@ -25,9 +25,8 @@ def warn_collapsed(particle_ess: np.ndarray, times: np.ndarray, num_particles: i
     warnings.warn(
         f"Particle weights collapsed: at the start the particle ESS was below 2 of {num_particles} at "
         f"{named}{more}. The law is not affected, but sweeps through these levels rarely move the draw, and "
-        "their evaluations are lost. More `segments` or `num_particles` help; where the data are informative "
-        "in "
-        "every coordinate local moves do the work: `sweep_prob=0.1` makes sweeps rare.",
+        "their evaluations are lost. More `segments` or `num_particles` help. Where the data are informative "
+        "in every coordinate local moves do the work: without `sweep_prob=`, warmup makes sweeps rare.",
         UserWarning,
         stacklevel=user_stack_level(),
     )

@@ -79,7 +79,7 @@ class RTKParticleGibbs(MCMCKernel):
     proportion to their evidence, as a sweep that missed the mode of the data has little. `init_params`
     replaces the start.
 
-    *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, and how often to refresh to
+    *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, how often to sweep, and to
     which depth (in proportion to the squared jump). Nothing changes afterwards.
     If the particle effective sample size of a level is below 2 in most sweeps, a warning names it when warmup
     ends.
@@ -103,9 +103,10 @@ class RTKParticleGibbs(MCMCKernel):
         num_restarts: Iterations of the warmup that draw the diffusion sites anew by an unconditional sweep
             given the other latents, only as a block of a composite, whose other latents are arbitrary at
             first, and not where a start was given: iterations 0, 1, 3, 7, ..., in its first half.
-        sweep_prob: Probability that an iteration has a sweep; the others are local moves only. Where data are
-            informative in every coordinate (an image with a value in every pixel) local moves do the work,
-            and sweeps cost most.
+        sweep_prob: Probability that an iteration has a sweep; the others are local moves only. `None`: warmup
+            decides. Sweeps of which at least 5 % change the draw are made in every iteration, rarer ones in
+            proportion, but at least so often that they take half as many evaluations as the local moves: where
+            data are informative in every coordinate (an image with a value in every pixel) these do the work.
         refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a
             full sweep. With many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as
             the deepest of any chain. Shallow ones matter where data are sharp.
@@ -115,7 +116,8 @@ class RTKParticleGibbs(MCMCKernel):
             the law.
         local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
-        num_pilot_draws: Prior draws that measure the denoising error of each level.
+        num_pilot_draws: Prior draws that measure the denoising error of each level. `None`: 128, or 32 above
+            256 dimensions over all sites.
         batch_size: Most particles, of all vectorized chains together, that the start moves at once, for
             memory, but at least those of one chain. `None`: all of them. Pilot draws are made together.
 
@@ -142,12 +144,12 @@ class RTKParticleGibbs(MCMCKernel):
         num_guided_steps: int = 1,
         num_start_steps: int = 8,
         num_restarts: int = 5,
-        sweep_prob: float = 1.0,
+        sweep_prob: float | None = None,
         refresh_depths: Sequence[float] = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1),
         guidance: Literal["jacobian", "mean"] | None = None,
         local: AbstractLocalMove | None = LocalHMC(),  # noqa: B008 - a frozen value
         target_accept_prob: float = 0.7,
-        num_pilot_draws: int = 128,
+        num_pilot_draws: int | None = None,
         batch_size: int | None = None,
     ) -> None:
         if not callable(model):
@@ -186,11 +188,13 @@ class RTKParticleGibbs(MCMCKernel):
         chains if there are several.
         """
         ess = np.asarray(state.particle_ess)[np.asarray(state.weighted)]
+        sweep_prob = np.mean(state.adapt_state.sweep_prob)
+        sweeps = "" if sweep_prob == 1 else f", sweeps {sweep_prob:.2f}"
         lowest = f", lowest particle ESS {ess.min():.1f}/{self._options.num_particles}" if ess.size else ""
         failed = ", diverging" if np.any(state.diverging) else ""
         return (
             f"{int(np.sum(state.num_score_evals))} score evals, acc. prob={np.mean(state.accept_prob):.2f}, "
-            f"local {np.mean(state.local_accept_prob):.2f}{lowest}{failed}"
+            f"local {np.mean(state.local_accept_prob):.2f}{sweeps}{lowest}{failed}"
         )
 
     def init(
@@ -339,7 +343,7 @@ class RTKParticleGibbs(MCMCKernel):
         num_observations = terms.whitened.shape[1]
         check_twist(options.twist, num_observations)
         check_likelihood(terms.log_likelihood)
-        kept = num_residuals(num_observations, options.num_pilot_draws)
+        kept = num_residuals(num_observations, options.pilot_draws_for(problem.sites))
         measured = measured_of(seen, grids, pilots, kept)
         zero, length, restarts = jnp.zeros((), int), jnp.asarray(num_warmup, int), jnp.ones((), bool)
         shared = Shared(problem.scores, measured, center, zero, length, restarts)

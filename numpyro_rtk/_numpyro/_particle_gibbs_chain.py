@@ -89,9 +89,18 @@ class Chain(NamedTuple):
 
     def tuner(self, posterior: Posterior) -> SweepTuner:
         """What warmup learns, and how."""
-        options = self.options
+        options, least = self.options, 1.0
+        if options.local is not None:
+            most = full_sweep_evaluations(posterior, options.num_particles, options.num_guided_steps)
+            least = min(1.0, 0.5 * options.local.num_evaluations(posterior) / most)
         return SweepTuner(
-            posterior, options.local, options.target_accept_prob, options.num_particles, STEP_SIZES
+            posterior,
+            options.local,
+            options.target_accept_prob,
+            options.num_particles,
+            STEP_SIZES,
+            options.sweep_prob,
+            least,
         )
 
     @property
@@ -172,16 +181,17 @@ class Chain(NamedTuple):
         """One iteration: a sweep to a random depth, or none, and local moves."""
         options, adapt = self.options, state.adapt_state
         posterior = self.posterior(adapt.log_beta, adapt.floor)
-        next_key, coin_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 5)
+        next_key, depth_key, sweep_key, local_key = jr.split(state.rng_key, 4)
         depths = jnp.asarray(options.depths(posterior.num_levels))
         choice = jr.categorical(depth_key, jnp.log(adapt.depth_prob))
-        swept = jr.bernoulli(coin_key, options.sweep_prob)
+        # The coin is that of the iteration: vectorized chains take as long as if all of them swept.
+        swept = jr.uniform(jr.fold_in(jr.key(0), self.shared.iteration)) < adapt.sweep_prob
         # Depth 0 is no sweep.
         depth = jnp.where(swept, depths[choice], 0)
         x = self.problem.flatten(state.z)
         point = posterior.at_data(x)
         particles = (options.num_particles, options.num_guided_steps)
-        if options.sweep_prob > 0:
+        if options.sweep_prob != 0:
             new, info = conditional_sweep(sweep_key, posterior, adapt.tuning, point, depth, *particles)
         else:
             # Nothing to compile.

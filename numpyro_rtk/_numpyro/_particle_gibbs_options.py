@@ -15,11 +15,14 @@ from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._model import has_energy
 from numpyro_rtk._smc._local import AbstractLocalMove
 from numpyro_rtk._smc._twist import AbstractTwist
-from numpyro_rtk._thresholds import MAX_MEAN_SLOPE_DIM
+from numpyro_rtk._thresholds import MANY_DIMENSIONS, MAX_MEAN_SLOPE_DIM
 
 
 DEFAULT_LEVEL_SEGMENTS = 24
 """Segments between noise levels where the user names none."""
+
+PILOT_DRAWS, PILOT_DRAWS_IN_MANY = 128, 32
+"""Prior draws that measure the levels where the user names no number; in many dimensions each tells more."""
 
 MAX_INNER_STEP_SIZE = 4.0
 """`max_step_size` of the default reverse kernel where energy differences are good: nearly an independent
@@ -36,12 +39,12 @@ class Options(NamedTuple):
     num_guided_steps: int
     num_start_steps: int
     num_restarts: int
-    sweep_prob: float
+    sweep_prob: float | None
     refresh_depths: tuple[float, ...]
     guidance: Literal["jacobian", "mean"] | None
     local: AbstractLocalMove | None
     target_accept_prob: float
-    num_pilot_draws: int
+    num_pilot_draws: int | None
     batch_size: int | None
 
     @property
@@ -71,6 +74,12 @@ class Options(NamedTuple):
             return PreconditionedMALA()
         # The cost of two steps with the trapezoid rule, and hardly any error in a prior of several modes.
         return PreconditionedMALA(num_steps=1, energy_difference=Simpson(), max_step_size=MAX_INNER_STEP_SIZE)
+
+    def pilot_draws_for(self, sites: tuple[DiffusionSite, ...]) -> int:
+        """The number of pilot draws that was given, or the default for these sites."""
+        if self.num_pilot_draws is not None:
+            return self.num_pilot_draws
+        return PILOT_DRAWS if _dim(sites) <= MANY_DIMENSIONS else PILOT_DRAWS_IN_MANY
 
     def jacobian_for(self, sites: tuple[DiffusionSite, ...]) -> bool:
         """Whether guided moves go through the denoiser's Jacobian."""
@@ -113,10 +122,11 @@ def describe(options: Options, chosen: Chosen | None) -> str:
         evaluations = f", at most {chosen.most_evaluations} score evaluations an iteration"
     twist = "GaussianTwist(), tempered where not Gaussian" if options.twist is None else options.twist
     local = "none" if options.local is None else options.local
+    sweep_prob = "adapted" if options.sweep_prob is None else f"{options.sweep_prob:g}"
     return (
         f"num_particles={options.num_particles}, segments={segments}, reverse={reverse or later}, "
         f"twist={twist}, num_guided_steps={options.num_guided_steps}, guidance={guidance or later}, "
-        f"sweep_prob={options.sweep_prob:g}, local={_shown(local)}{evaluations}"
+        f"sweep_prob={sweep_prob}, local={_shown(local)}{evaluations}"
     )
 
 
@@ -136,15 +146,19 @@ def check_options(options: Options) -> Options:
         ("num_guided_steps", 0, "0 is none"),
         ("num_start_steps", 0, "0 is none"),
         ("num_restarts", 0, "0 is none"),
-        ("num_pilot_draws", 8, "they measure the denoising error of each level"),
     )
     for name, minimum, why in counts:
         check_count(name, getattr(options, name), minimum, why)
+    if options.num_pilot_draws is not None:
+        why = "they measure the denoising error of each level"
+        check_count("num_pilot_draws", options.num_pilot_draws, 8, why)
     if options.batch_size is not None:
         check_count("batch_size", options.batch_size, 1, "`None` is no bound")
     sweep_prob = options.sweep_prob
-    if not (isinstance(sweep_prob, int | float | np.floating) and 0 <= sweep_prob <= 1):
-        raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")
+    if sweep_prob is not None:
+        if not (isinstance(sweep_prob, int | float | np.floating) and 0 <= sweep_prob <= 1):
+            raise ValueError(f"`sweep_prob` must be between 0 and 1, got {sweep_prob!r}.")
+        sweep_prob = float(sweep_prob)
     if sweep_prob == 0 and options.local is None:
         raise ValueError("`sweep_prob=0` with `local=None` would never move: give one of them.")
     check_target_accept_prob(options.target_accept_prob)
@@ -167,10 +181,10 @@ def check_options(options: Options) -> Options:
         num_guided_steps=int(options.num_guided_steps),
         num_start_steps=int(options.num_start_steps),
         num_restarts=int(options.num_restarts),
-        sweep_prob=float(sweep_prob),
+        sweep_prob=sweep_prob,
         refresh_depths=_check_depths(options.refresh_depths),
         target_accept_prob=float(options.target_accept_prob),
-        num_pilot_draws=int(options.num_pilot_draws),
+        num_pilot_draws=None if options.num_pilot_draws is None else int(options.num_pilot_draws),
     )
 
 

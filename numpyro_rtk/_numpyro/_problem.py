@@ -203,7 +203,12 @@ def draw_and_probe(
         draw_key, _, probe_key = jr.split(jr.key(0), 3)
         noise = site.prior.noise
         draws, terminal = prior_draws(
-            draw_key, model, noise, site.prior.event_shape, problem.dtype, options.num_pilot_draws
+            draw_key,
+            model,
+            noise,
+            site.prior.event_shape,
+            problem.dtype,
+            options.pilot_draws_for(problem.sites),
         )
         draws = or_zero(draws)
         difficulty = None

@@ -1,4 +1,6 @@
-"""What the warmup of particle Gibbs learns: step sizes, powers of tempered twists, depths of the sweeps."""
+"""What the warmup of particle Gibbs learns: step sizes, powers of tempered twists, how deep and how often to
+sweep.
+"""
 
 from typing import NamedTuple
 
@@ -26,6 +28,10 @@ UNIFORM_DEPTHS = 0.1
 """Share of the sweeps that is spread over all depths, as rare moves between modes may be deep."""
 
 
+WORTH_SWEEPING = 0.05
+"""Sweeps of which this share changes the draw are made in every iteration; rarer ones in proportion."""
+
+
 class ParticleGibbsAdaptState(NamedTuple):
     """What warmup learns; frozen afterwards."""
 
@@ -45,6 +51,10 @@ class ParticleGibbsAdaptState(NamedTuple):
     """Mean squared jump of the sweeps of each depth, in units of the prior's variance."""
     depth_count: Float[Array, " depths"]
     """Sweeps of each depth so far."""
+    sweep_prob: Float[Array, ""]
+    """Probability that an iteration has a sweep."""
+    num_changed: Float[Array, ""]
+    """Sweeps that changed the draw so far."""
     num_collapsed: Float[Array, " levels"]
     """Sweeps in which the particle effective sample size of a level was below 2."""
     num_visits: Float[Array, " levels"]
@@ -86,6 +96,10 @@ class SweepTuner(NamedTuple):
     """Of the reverse kernel and of guided moves."""
     num_particles: int
     step_sizes: StepSizeTuner
+    sweep_prob: float | None
+    """Probability that an iteration has a sweep, where it is given."""
+    least_sweep_prob: float
+    """Where it is not, the least: at which sweeps take a third of all evaluations."""
 
     def init(
         self, tuning: SweepTuning, log_beta: Array, num_depths: int, num_warmup: int
@@ -103,6 +117,8 @@ class SweepTuner(NamedTuple):
             depth_prob=depths + 1 / num_depths,
             depth_jump=depths,
             depth_count=depths,
+            sweep_prob=jnp.asarray(1.0 if self.sweep_prob is None else self.sweep_prob, dtype),
+            num_changed=jnp.zeros((), dtype),
             num_collapsed=levels,
             num_visits=levels,
             averaging=(
@@ -145,6 +161,7 @@ class SweepTuner(NamedTuple):
         count = state.depth_count.at[seen.choice].add(jnp.where(seen.swept, 1.0, 0.0))
         change = (seen.jump - state.depth_jump[seen.choice]) / jnp.maximum(count[seen.choice], 1.0)
         mean_jump = state.depth_jump.at[seen.choice].add(jnp.where(seen.swept, change, 0.0))
+        num_changed = state.num_changed + (seen.swept & info.changed)
         collapsed = info.weighted & (info.particle_ess < COLLAPSED)
         return ParticleGibbsAdaptState(
             step_size=step_size,
@@ -159,6 +176,8 @@ class SweepTuner(NamedTuple):
             depth_prob=jnp.where(is_last, _depth_prob(mean_jump, count), state.depth_prob),
             depth_jump=mean_jump,
             depth_count=count,
+            sweep_prob=self._sweep_prob(state.sweep_prob, num_changed, jnp.sum(count)),
+            num_changed=num_changed,
             num_collapsed=state.num_collapsed + collapsed,
             num_visits=state.num_visits + info.weighted,
             averaging=(reverse, guided, local),
@@ -171,6 +190,18 @@ class SweepTuner(NamedTuple):
         if self.local is None or self.posterior.has_energy:
             return ENERGY_ACCEPT_PROB
         return self.local.line_integral_accept_prob
+
+    def _sweep_prob(self, current: Array, num_changed: Array, num_sweeps: Array) -> Array:
+        """How often to sweep.
+
+        Sweeps that hardly ever change the draw are made as seldom as their success says, but take a third
+        of all evaluations: then local moves have two thirds of what they would have alone, and sweeps a third,
+        whichever of the two the posterior needs.
+        """
+        if self.sweep_prob is not None:
+            return current
+        success = (num_changed + 0.5) / (num_sweeps + 1.0)
+        return jnp.clip(success / WORTH_SWEEPING, self.least_sweep_prob, 1.0)
 
     def _local(self, step_size: Array) -> Array:
         given = None if self.local is None else self.local.step_size

@@ -11,7 +11,7 @@ from numpyro_rtk._smc._conditional import no_sweep, SweepTuning, visits
 from numpyro_rtk._smc._point import MoveInfo
 from numpyro_rtk._smc._unconditional import StartInfo
 from numpyro_rtk._tuning._step_size import StepSizeTuner
-from numpyro_rtk._tuning._sweeps import Iteration, SweepTuner
+from numpyro_rtk._tuning._sweeps import Iteration, SweepTuner, WORTH_SWEEPING
 from tests.particles import linear_terms, make_law, make_posterior, Mixture, without_energy
 
 
@@ -26,7 +26,7 @@ def tuner_of(energy=False):
     law = make_law(DATA.score(SCHEDULE), SCHEDULE, (2,), segments=NUM_SEGMENTS)
     law = law if energy else without_energy(law)
     posterior = make_posterior(law, linear_terms(np.eye(2), 0.5, np.zeros(2)), rtk.MALA(2))
-    return SweepTuner(posterior, rtk.LocalHMC(), 0.7, 8, StepSizeTuner(*dual_averaging()))
+    return SweepTuner(posterior, rtk.LocalHMC(), 0.7, 8, StepSizeTuner(*dual_averaging()), None, 0.1)
 
 
 def start_of(tuner):
@@ -108,3 +108,16 @@ def test_local_moves_aim_at_the_acceptance_at_which_their_energies_are_known(loc
     # A path that was too coarse counts as rejected, whatever its estimate says.
     unresolved = iterations(tuner, start, 0, tuning_prob=jnp.asarray(1.0), unresolved=jnp.ones((), bool))
     assert unresolved.local_step_size < start.local_step_size
+
+
+def test_sweeps_are_as_frequent_as_they_succeed():
+    tuner = tuner_of()
+    at = lambda changed, sweeps: float(tuner._sweep_prob(jnp.asarray(0.7), jnp.asarray(changed), sweeps))
+    assert at(0.0, 0.0) == 1.0
+    assert at(5.0, 100.0) == 1.0
+    np.testing.assert_allclose(at(2.0, 99.0), 2.5 / 100 / WORTH_SWEEPING, rtol=1e-6)
+    np.testing.assert_allclose(at(0.0, 500.0), 0.1, rtol=1e-6)  # the least
+    assert at(1.0, 20.0) > at(0.0, 20.0)
+    # What is given is kept.
+    given = tuner._replace(sweep_prob=0.7)
+    assert float(given._sweep_prob(jnp.asarray(0.7), jnp.asarray(0.0), 500.0)) == pytest.approx(0.7)
