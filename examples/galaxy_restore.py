@@ -153,15 +153,8 @@ def main():
     y = blur(truth) + BACKGROUND + NOISE_SD * jr.normal(noise_key, (32, 32))
 
     # Nearly every pixel has data: gradient moves do the work, from a start annealed through the noise levels.
-    kernel = rtk.RTKGibbs(
-        NUTS(functools.partial(model, prior=prior)),
-        num_particles=2,
-        num_pilot_draws=32,
-        num_start_steps=2 if options.small else 16,
-        segments=6 if options.small else 24,
-        sweep_prob=0.0,
-        local=rtk.LocalHMC(num_steps=100, num_trajectories=1),
-    )
+    quick = {"segments": 6, "num_start_steps": 2} if options.small else {}
+    kernel = rtk.RTKGibbs(NUTS(functools.partial(model, prior=prior)), **quick)
     mcmc = MCMC(
         kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
     )

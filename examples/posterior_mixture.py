@@ -73,7 +73,7 @@ def main():
     truth = MEANS[0] + SD * rng.standard_normal(DIM)
     y = OPERATOR @ truth + NOISE_SD * rng.standard_normal(2)
 
-    kernel = rtk.RTKParticleGibbs(model, num_particles=16)
+    kernel = rtk.RTKParticleGibbs(model)
     mcmc = MCMC(
         kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
     )

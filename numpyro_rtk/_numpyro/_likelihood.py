@@ -32,21 +32,30 @@ class Likelihood:
         self._model, self._args, self._kwargs = without_diffusion(model), args, kwargs
         self._gaussian = gaussian
         self._dependent: frozenset[str] | None = None
+        self._sizes: dict[str, int] = {}
 
     def _sites(self, x: dict[str, Event]) -> dict[str, dict[str, Any]]:
         model = handlers.substitute(handlers.seed(self._model, jr.key(0)), data=x)
         trace = handlers.trace(model).get_trace(*self._args, **self._kwargs)
         return {n: site for n, site in trace.items() if site["type"] == "sample" and n not in x}
 
-    def _observations(self, x: dict[str, Event]) -> frozenset[str]:
+    def _observations(self, x: dict[str, Any]) -> frozenset[str]:
         """Sites whose log probability depends on `x`, by a walk that is made once."""
         if self._dependent is None:
             shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in x.items()}
-            reached = dependence(
-                lambda x: {name: _log_prob(site) for name, site in self._sites(x).items()}, shapes
-            )
+
+            def log_probs(x: dict[str, Event]) -> dict[str, Scalar]:
+                sites = self._sites(x)
+                self._sizes = {name: jnp.size(site["value"]) for name, site in sites.items()}
+                return {name: _log_prob(site) for name, site in sites.items()}
+
+            reached = dependence(log_probs, shapes)
             self._dependent = frozenset(name for name, names in reached.items() if names)
         return self._dependent
+
+    def num_observations(self, shapes: dict[str, Any]) -> int:
+        """Observed numbers whose law depends on the diffusion sites, of these shapes."""
+        return sum(self._sizes[name] for name in self._observations(shapes))
 
     def terms(self, x: dict[str, Event]) -> Terms:
         """Log likelihood of one value of all diffusion sites (batch shapes included), split for a twist.

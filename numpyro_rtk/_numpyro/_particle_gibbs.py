@@ -46,7 +46,7 @@ from numpyro_rtk._numpyro._start_checks import (
 from numpyro_rtk._numpyro._tracing import add_deterministic, without_diffusion
 from numpyro_rtk._reverse._base import AbstractInnerKernel
 from numpyro_rtk._score._checks import check_first_call
-from numpyro_rtk._smc._local import AbstractLocalMove, LocalHMC
+from numpyro_rtk._smc._local import AbstractLocalMove
 from numpyro_rtk._smc._posterior import Floor
 from numpyro_rtk._smc._twist import AbstractTwist, num_residuals
 from numpyro_rtk._user import arviz_asks
@@ -88,7 +88,8 @@ class RTKParticleGibbs(MCMCKernel):
         model: A NumPyro model whose only unobserved sites, apart from those a composite conditions on, are
             `DiffusionPrior` sites: several sites, plates and batch shapes are fine, `scan`, `mask` and
             `scale` on them are not.
-        num_particles: At least 2, the pinned one included.
+        num_particles: At least 2, the pinned one included. `None`: 16, or 2 where gradient moves do the work:
+            above 256 dimensions of all sites with an observation for at least every fourth (images).
         segments: Number of segments between noise levels (`None` is 24), placed for every site where its
             reverse transitions are measured to be far from Gaussian, as where modes part; or one time grid
             for all sites, whose ends must be those of the priors.
@@ -105,8 +106,7 @@ class RTKParticleGibbs(MCMCKernel):
             first, and not where a start was given: iterations 0, 1, 3, 7, ..., in its first half.
         sweep_prob: Probability that an iteration has a sweep; the others are local moves only. `None`: warmup
             decides. Sweeps of which at least 5 % change the draw are made in every iteration, rarer ones in
-            proportion, but at least so often that they take half as many evaluations as the local moves: where
-            data are informative in every coordinate (an image with a value in every pixel) these do the work.
+            proportion, but at least so often that they take half as many evaluations as the local moves.
         refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a
             full sweep. With many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as
             the deepest of any chain. Shallow ones matter where data are sharp.
@@ -114,10 +114,10 @@ class RTKParticleGibbs(MCMCKernel):
             score per evaluation and one more evaluation per level and particle; `"mean"`, the mean slope of
             each coordinate, for nothing. `None`: the first above 100 dimensions. It changes proposals, not
             the law.
-        local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves.
+        local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves. `"default"`: two trajectories
+            of 10 steps, `LocalHMC()`; one of 100 steps where gradient moves do the work.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
-        num_pilot_draws: Prior draws that measure the denoising error of each level. `None`: 128, or 32 above
-            256 dimensions over all sites.
+        num_pilot_draws: Prior draws that measure each level. `None`: 128, or 32 above 256 dimensions.
         batch_size: Most particles, of all vectorized chains together, that the start moves at once, for
             memory, but at least those of one chain. `None`: all of them. Pilot draws are made together.
 
@@ -137,7 +137,7 @@ class RTKParticleGibbs(MCMCKernel):
         self,
         model: Callable[..., Any],
         *,
-        num_particles: int = 16,
+        num_particles: int | None = None,
         segments: Any = None,
         reverse: AbstractInnerKernel | None = None,
         twist: AbstractTwist | None = None,
@@ -147,7 +147,7 @@ class RTKParticleGibbs(MCMCKernel):
         sweep_prob: float | None = None,
         refresh_depths: Sequence[float] = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1),
         guidance: Literal["jacobian", "mean"] | None = None,
-        local: AbstractLocalMove | None = LocalHMC(),  # noqa: B008 - a frozen value
+        local: AbstractLocalMove | Literal["default"] | None = "default",
         target_accept_prob: float = 0.7,
         num_pilot_draws: int | None = None,
         batch_size: int | None = None,
@@ -190,7 +190,7 @@ class RTKParticleGibbs(MCMCKernel):
         ess = np.asarray(state.particle_ess)[np.asarray(state.weighted)]
         sweep_prob = np.mean(state.adapt_state.sweep_prob)
         sweeps = "" if sweep_prob == 1 else f", sweeps {sweep_prob:.2f}"
-        lowest = f", lowest particle ESS {ess.min():.1f}/{self._options.num_particles}" if ess.size else ""
+        lowest = f", lowest particle ESS {ess.min():.1f}" if ess.size else ""
         failed = ", diverging" if np.any(state.diverging) else ""
         return (
             f"{int(np.sum(state.num_score_evals))} score evals, acc. prob={np.mean(state.accept_prob):.2f}, "
@@ -250,14 +250,16 @@ class RTKParticleGibbs(MCMCKernel):
         shared = shared._replace(restarts=jnp.asarray(not given))
 
         def start(keys: Any, given: Any, seen: Any, options: Options, args: Any, kwargs: Any) -> Any:
+            del options
             shared, floor = seen
-            chain = Chain(options, self._problem(None, args, kwargs, dtype), shared)
+            inner = self._problem(None, args, kwargs, dtype)
+            chain = Chain(inner.options, inner, shared)
             self._chosen = chain.chosen  # for `repr` only
 
             def one(inputs: tuple[Any, dict[str, Array]]) -> ParticleGibbsState:
                 return chain.start(*inputs, floor, num_warmup)
 
-            return options.over_chains(one, (keys, given)) if batched else one((keys, given))
+            return inner.options.over_chains(one, (keys, given)) if batched else one((keys, given))
 
         name = f"start {batched} {num_warmup} {dtype}"
         seen = (shared, floor)
@@ -276,7 +278,7 @@ class RTKParticleGibbs(MCMCKernel):
             return state._replace(log_evidence=None)
         if not isinstance(state.particle_ess, Tracer):
             ess, times = np.atleast_2d(state.particle_ess), np.asarray(shared.measured[0].grid.t)
-            warn_collapsed(ess, times, self._options.num_particles)
+            warn_collapsed(ess, times, problem.options.num_particles)
         return state
 
     def log_likelihood(self, z: dict[str, Array], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
@@ -305,7 +307,7 @@ class RTKParticleGibbs(MCMCKernel):
 
         And what stands for an impossible likelihood.
         """
-        options, dtype, arrays = self._options, problem.dtype, problem.scores.arrays
+        options, dtype, arrays = problem.options, problem.dtype, problem.scores.arrays
 
         def probe(arrays: Any, options: Options, args: Any, kwargs: Any) -> Any:
             return draw_and_probe(self._problem(None, args, kwargs, dtype), options, arrays)
@@ -343,7 +345,7 @@ class RTKParticleGibbs(MCMCKernel):
         num_observations = terms.whitened.shape[1]
         check_twist(options.twist, num_observations)
         check_likelihood(terms.log_likelihood)
-        kept = num_residuals(num_observations, options.pilot_draws_for(problem.sites))
+        kept = num_residuals(num_observations, options.num_pilot_draws)
         measured = measured_of(seen, grids, pilots, kept)
         zero, length, restarts = jnp.zeros((), int), jnp.asarray(num_warmup, int), jnp.ones((), bool)
         shared = Shared(problem.scores, measured, center, zero, length, restarts)
@@ -358,7 +360,7 @@ class RTKParticleGibbs(MCMCKernel):
         problem = self._problem(None, model_args, kwargs, state.accept_prob.dtype)
 
         def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
-            chain = Chain(self._options, problem, shared)
+            chain = Chain(problem.options, problem, shared)
             if not self._options.num_restarts or GIBBS_SITES_KWARG not in kwargs:
                 return chain.step(state)
             # The iteration has no chain axis, so that this branches for vectorized chains, too.

@@ -111,7 +111,9 @@ class Chain(NamedTuple):
         posterior = self.posterior(initial_log_beta(self._pilots), Floor(zero, zero))
         count = full_sweep_evaluations(posterior, options.num_particles, options.num_guided_steps)
         count += 1 + (0 if options.local is None else options.local.num_evaluations(posterior))
-        return Chosen(problem.kernel, problem.num_levels, problem.jacobian, count * problem.num_events)
+        return Chosen(
+            options, problem.kernel, problem.num_levels, problem.jacobian, count * problem.num_events
+        )
 
     @property
     def _pilots(self) -> tuple[Pilot, ...]:

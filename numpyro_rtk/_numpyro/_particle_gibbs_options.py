@@ -13,13 +13,23 @@ from numpyro_rtk._numpyro._sites import DiffusionSite
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_reverse_kernel
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
 from numpyro_rtk._score._model import has_energy
-from numpyro_rtk._smc._local import AbstractLocalMove
+from numpyro_rtk._smc._local import AbstractLocalMove, LocalHMC
 from numpyro_rtk._smc._twist import AbstractTwist
 from numpyro_rtk._thresholds import MANY_DIMENSIONS, MAX_MEAN_SLOPE_DIM
 
 
 DEFAULT_LEVEL_SEGMENTS = 24
 """Segments between noise levels where the user names none."""
+
+PARTICLES, FEW_PARTICLES = 16, 2
+"""Particles where the user names no number; few where gradient moves do the work."""
+
+LONG_LOCAL = LocalHMC(num_steps=100, num_trajectories=1)
+"""Local moves where gradient moves do the work; elsewhere `LocalHMC()`."""
+
+INFORMATIVE_SHARE = 0.25
+"""Observations for each coordinate of many from which data are taken to inform all of them, so that particles
+cannot follow and gradient moves do the work."""
 
 PILOT_DRAWS, PILOT_DRAWS_IN_MANY = 128, 32
 """Prior draws that measure the levels where the user names no number; in many dimensions each tells more."""
@@ -30,9 +40,11 @@ draw."""
 
 
 class Options(NamedTuple):
-    """As `RTKParticleGibbs` documents them."""
+    """As `RTKParticleGibbs` documents them; `resolved` for a model, none of them is left to be chosen but by
+    warmup.
+    """
 
-    num_particles: int
+    num_particles: Any
     segments: Any
     reverse: AbstractInnerKernel | None
     twist: AbstractTwist | None
@@ -42,9 +54,9 @@ class Options(NamedTuple):
     sweep_prob: float | None
     refresh_depths: tuple[float, ...]
     guidance: Literal["jacobian", "mean"] | None
-    local: AbstractLocalMove | None
+    local: Any
     target_accept_prob: float
-    num_pilot_draws: int | None
+    num_pilot_draws: Any
     batch_size: int | None
 
     @property
@@ -75,11 +87,21 @@ class Options(NamedTuple):
         # The cost of two steps with the trapezoid rule, and hardly any error in a prior of several modes.
         return PreconditionedMALA(num_steps=1, energy_difference=Simpson(), max_step_size=MAX_INNER_STEP_SIZE)
 
-    def pilot_draws_for(self, sites: tuple[DiffusionSite, ...]) -> int:
-        """The number of pilot draws that was given, or the default for these sites."""
-        if self.num_pilot_draws is not None:
-            return self.num_pilot_draws
-        return PILOT_DRAWS if _dim(sites) <= MANY_DIMENSIONS else PILOT_DRAWS_IN_MANY
+    def resolved(self, sites: tuple[DiffusionSite, ...], num_observations: Callable[[], int]) -> "Options":
+        """With what was not given chosen for a model.
+
+        Args:
+            sites: Its diffusion sites.
+            num_observations: Counts the observed numbers that depend on them.
+        """
+        many, gradients = _dim(sites) > MANY_DIMENSIONS, False
+        if many and (self.num_particles is None or self.local == "default"):
+            gradients = num_observations() >= INFORMATIVE_SHARE * _dim(sites)
+        return self._replace(
+            num_particles=_or(self.num_particles, FEW_PARTICLES if gradients else PARTICLES),
+            num_pilot_draws=_or(self.num_pilot_draws, PILOT_DRAWS_IN_MANY if many else PILOT_DRAWS),
+            local=(LONG_LOCAL if gradients else LocalHMC()) if self.local == "default" else self.local,
+        )
 
     def jacobian_for(self, sites: tuple[DiffusionSite, ...]) -> bool:
         """Whether guided moves go through the denoiser's Jacobian."""
@@ -97,6 +119,8 @@ class Options(NamedTuple):
 class Chosen(NamedTuple):
     """What the options came to for a model."""
 
+    options: Options
+    """With what was chosen for the model."""
     reverse: AbstractInnerKernel
     """Reverse kernel."""
     num_levels: int
@@ -109,7 +133,7 @@ class Chosen(NamedTuple):
 
 def describe(options: Options, chosen: Chosen | None) -> str:
     """The options in words, with what was chosen for the model once a start has seen it."""
-    later = "chosen by dimension and energy at the start"
+    later = "chosen at the start"
     segments = DEFAULT_LEVEL_SEGMENTS if options.segments is None else options.segments
     if np.ndim(segments):
         segments = f"{np.size(segments) - 1} given"
@@ -117,17 +141,23 @@ def describe(options: Options, chosen: Chosen | None) -> str:
     guidance: Any = options.guidance
     evaluations = ""
     if chosen is not None:
+        options = chosen.options
         segments = chosen.num_levels - 1 if options.segments is None else segments
         reverse, guidance = chosen.reverse, "jacobian" if chosen.jacobian else "mean"
         evaluations = f", at most {chosen.most_evaluations} score evaluations an iteration"
     twist = "GaussianTwist(), tempered where not Gaussian" if options.twist is None else options.twist
-    local = "none" if options.local is None else options.local
+    local = {"None": "none", "default": later}.get(str(options.local), options.local)
+    particles: Any = _or(options.num_particles, later)
     sweep_prob = "adapted" if options.sweep_prob is None else f"{options.sweep_prob:g}"
     return (
-        f"num_particles={options.num_particles}, segments={segments}, reverse={reverse or later}, "
+        f"num_particles={particles}, segments={segments}, reverse={reverse or later}, "
         f"twist={twist}, num_guided_steps={options.num_guided_steps}, guidance={guidance or later}, "
         f"sweep_prob={sweep_prob}, local={_shown(local)}{evaluations}"
     )
+
+
+def _or(given: Any, default: Any) -> Any:
+    return default if given is None else given
 
 
 def _shown(local: Any) -> str:
@@ -142,13 +172,14 @@ def _dim(sites: tuple[DiffusionSite, ...]) -> int:
 def check_options(options: Options) -> Options:
     """The same, each in its type; raises for what cannot work, naming the argument."""
     counts = (
-        ("num_particles", 2, "one of them is pinned to the current draw"),
         ("num_guided_steps", 0, "0 is none"),
         ("num_start_steps", 0, "0 is none"),
         ("num_restarts", 0, "0 is none"),
     )
     for name, minimum, why in counts:
         check_count(name, getattr(options, name), minimum, why)
+    if options.num_particles is not None:
+        check_count("num_particles", options.num_particles, 2, "one of them is pinned to the current draw")
     if options.num_pilot_draws is not None:
         why = "they measure the denoising error of each level"
         check_count("num_pilot_draws", options.num_pilot_draws, 8, why)
@@ -173,11 +204,13 @@ def check_options(options: Options) -> Options:
                 "with an accept step such as `PreconditionedMALA()`."
             )
     _check_member("twist", options.twist, AbstractTwist, "`GaussianTwist()`, `TemperedTwist()` or `None`")
-    _check_member("local", options.local, AbstractLocalMove, "`LocalHMC(...)`, `LocalMALA(...)` or `None`")
+    if not (isinstance(options.local, str) and options.local == "default"):
+        allowed = "`LocalHMC(...)`, `LocalMALA(...)` or `None`"
+        _check_member("local", options.local, AbstractLocalMove, allowed)
     if options.guidance not in (None, "jacobian", "mean"):
         raise ValueError(f'`guidance` must be "jacobian", "mean" or `None`, got {options.guidance!r}.')
     return options._replace(
-        num_particles=int(options.num_particles),
+        num_particles=None if options.num_particles is None else int(options.num_particles),
         num_guided_steps=int(options.num_guided_steps),
         num_start_steps=int(options.num_start_steps),
         num_restarts=int(options.num_restarts),

@@ -71,6 +71,8 @@ class Problem(NamedTuple):
     """Score models of such arrays."""
     likelihood: Likelihood
     """Everything else in the model."""
+    options: Options
+    """Those of the kernel, with what was chosen for the model."""
     kernel: AbstractInnerKernel
     """Reverse kernel."""
     jacobian: bool
@@ -144,6 +146,10 @@ def resolve_problem(
     Raises:
         ValueError: if `segments` does not fit the priors.
     """
+    likelihood = Likelihood(
+        conditioned(model), args, kwargs, gaussian=options.twist is None or options.twist.gaussian
+    )
+    options = options.resolved(sites, lambda: likelihood.num_observations(_structure(sites, dtype)))
     times = tuple(
         resolve_levels(site.prior.noise, options.segments, DEFAULT_LEVEL_SEGMENTS) for site in sites
     )
@@ -168,13 +174,16 @@ def resolve_problem(
         times=times,
         scores=HoistedArrays([one[0].arrays for one in found], fingerprint),
         rebuild=lambda arrays: [one[1](part) for one, part in zip(found, arrays, strict=True)],
-        likelihood=Likelihood(
-            conditioned(model), args, kwargs, gaussian=options.twist is None or options.twist.gaussian
-        ),
+        likelihood=likelihood,
+        options=options,
         kernel=options.kernel_for(sites),
         jacobian=options.jacobian_for(sites),
         dtype=dtype,
     )
+
+
+def _structure(sites: tuple[DiffusionSite, ...], dtype: Any) -> dict[str, Any]:
+    return {site.name: jax.ShapeDtypeStruct(site.shape, dtype) for site in sites}
 
 
 def initial_grids(problem: Problem) -> list[NoiseGrid]:
@@ -208,7 +217,7 @@ def draw_and_probe(
             noise,
             site.prior.event_shape,
             problem.dtype,
-            options.pilot_draws_for(problem.sites),
+            options.num_pilot_draws,
         )
         draws = or_zero(draws)
         difficulty = None

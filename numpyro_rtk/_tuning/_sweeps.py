@@ -195,8 +195,8 @@ class SweepTuner(NamedTuple):
         """How often to sweep.
 
         Sweeps that hardly ever change the draw are made as seldom as their success says, but take a third
-        of all evaluations: then local moves have two thirds of what they would have alone, and sweeps a third,
-        whichever of the two the posterior needs.
+        of all evaluations: then local moves have two thirds of what they would have alone, and sweeps a
+        third, whichever of the two the posterior needs.
         """
         if self.sweep_prob is not None:
             return current

@@ -216,7 +216,7 @@ def test_pickling(gaussian):
     start = "RTKParticleGibbs(num_particles=6, segments=6, reverse=PreconditionedMALA("
     assert repr(kernel).startswith(start)
     # What was chosen for the model is known once a start has seen it.
-    assert "guidance=chosen by dimension" in repr(kernel)
+    assert "guidance=chosen at the start" in repr(kernel)
     seen = repr(gaussian.sampler)
     assert "guidance=mean" in seen
     assert "None" not in seen
