@@ -154,7 +154,7 @@ def main():
 
     # Nearly every pixel has data: gradient moves do the work, from a start annealed through the noise levels.
     quick = {"segments": 6, "num_start_steps": 2} if options.small else {}
-    kernel = rtk.RTKGibbs(NUTS(functools.partial(model, prior=prior)), **quick)
+    kernel = rtk.RTKGibbs(NUTS(functools.partial(model, prior=prior)), sweep_prob=0.0, **quick)
     mcmc = MCMC(
         kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
     )
