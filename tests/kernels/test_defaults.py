@@ -76,9 +76,8 @@ def test_what_was_chosen_is_printed():
     kernel = rtk.RTKParticleGibbs(small, segments=3, num_start_steps=0)
     assert "num_particles=chosen at the start" in repr(kernel)
     kernel.init(jr.key(0), 0, None, (jnp.ones((18, 18)),), {})
-    printed = " ".join(repr(kernel).split())
-    assert f"num_particles={PARTICLES}" in printed
-    assert "local=LocalHMC( num_steps=10, num_trajectories=2, step_size=adapted" in printed
+    assert f"num_particles={PARTICLES}" in repr(kernel)
+    assert "local=LocalHMC()" in repr(kernel)
 
 
 @pytest.mark.parametrize("local", ["adapted", 3, rtk.LocalHMC])
