@@ -153,8 +153,8 @@ def main():
     y = blur(truth) + BACKGROUND + NOISE_SD * jr.normal(noise_key, (32, 32))
 
     # Nearly every pixel has data: gradient moves do the work, from a start annealed through the noise levels.
-    quick = {"segments": 6, "num_start_steps": 2} if options.small else {}
-    kernel = rtk.RTKGibbs(NUTS(functools.partial(model, prior=prior)), sweep_prob=0.0, **quick)
+    start = {"segments": 6, "num_start_steps": 2} if options.small else {"num_start_steps": 16}
+    kernel = rtk.RTKGibbs(NUTS(functools.partial(model, prior=prior)), sweep_prob=0.0, **start)
     mcmc = MCMC(
         kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=4, chain_method="vectorized"
     )

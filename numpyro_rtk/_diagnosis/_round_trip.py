@@ -281,7 +281,7 @@ def check_round_trip(
     draws: Array,
     kernel: AbstractInnerKernel,
     owner: str,
-    setting: str = "segments",
+    remedy: str = "",
 ) -> list[Finding]:
     """Which segment changes the law of draws that pass through it: of groups that look suspicious, the worst.
 
@@ -297,7 +297,7 @@ def check_round_trip(
         draws: Draws of the prior at `t_min`, shape `(draws, *event)`.
         kernel: The reverse kernel.
         owner: What the user sets `segments` of, such as `RTKKernel`.
-        setting: Or what is set instead, as many.
+        remedy: What to write, where that is not more of `segments`.
 
     Returns:
         No finding, or one: the worst segment.
@@ -332,7 +332,7 @@ def check_round_trip(
         found = compare(pairs, view(pairs)._replace(directions=seen.directions, spread=seen.spread))
         for k in statistics:
             if found.large[k] and abs(found.z[k]) > most:
-                most, finding = abs(found.z[k]), [_too_long(segment, k, found, times, kernel, owner, setting)]
+                most, finding = abs(found.z[k]), [_too_long(segment, k, found, times, kernel, owner, remedy)]
     return finding
 
 
@@ -361,15 +361,16 @@ def _too_long(
     times: np.ndarray,
     inner: AbstractInnerKernel,
     owner: str,
-    setting: str,
+    remedy: str,
 ) -> Finding:
     num_segments = times.size - 1
     num_steps = getattr(inner, "num_steps", None)
     steps = "" if num_steps is None else f", or more steps (`num_steps={2 * num_steps}`, now {num_steps})"
+    remedy = remedy or f"Give more segments (`segments={2 * num_segments}`, now {num_segments}){steps}."
     message = (
         f"Segment {index} of {num_segments} of `{owner}` (t={times[index]:.3g} to {times[index + 1]:.3g}) is "
         f"too long for `{type(inner).__name__}`: prior draws at its end that are noised to its start and "
         f"brought back have another law, {_words(statistic, found)}. Draws follow another law than the "
-        f"network's. Give more {setting} (`{setting}={2 * num_segments}`, now {num_segments}){steps}."
+        f"network's. {remedy}"
     )
     return Finding("round_trip", index, float(found.change[statistic]), message)

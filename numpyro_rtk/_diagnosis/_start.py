@@ -79,7 +79,7 @@ def check_segments(
     draws: Array,
     kernel: AbstractInnerKernel,
     owner: str,
-    setting: str = "segments",
+    remedy: str = "",
 ) -> None:
     """Warn of a segment that is too long for its inner steps; silent under a trace.
 
@@ -92,11 +92,11 @@ def check_segments(
         draws: Of the prior at `t_min`, those of a pilot.
         kernel: The reverse kernel.
         owner: What the user sets `segments` of.
-        setting: Or what is set instead.
+        remedy: What to write, where that is not more of them.
     """
     if CHECK_SEGMENTS and not isinstance(draws, Tracer):
         times = np.asarray(grid.t, np.float64)
-        say(check_round_trip(jr.key(2), fly, times, draws, kernel, owner, setting), score_fn)
+        say(check_round_trip(jr.key(2), fly, times, draws, kernel, owner, remedy), score_fn)
 
 
 def check_nodes(score_fn: Any, reference: Any, num_nodes: int, draws: Array, t_min: float) -> None:

@@ -84,6 +84,11 @@ class NoiseGrid(NamedTuple):
         return self.t.shape[0] - 1
 
     @property
+    def log_snr_steps(self) -> PerSegment:
+        """Length of each segment in the log signal-to-noise ratio."""
+        return 2 * jnp.diff(jnp.log(self.alpha / self.sigma))
+
+    @property
     def levels(self) -> Level:
         """All levels, stacked."""
         return Level(self.t, self.alpha, self.sigma, self.total_a, self.total_v)

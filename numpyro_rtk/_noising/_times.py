@@ -39,6 +39,13 @@ class NoiseRange(NamedTuple):
         """Standard deviation of the noise of `t_min`, in units of the data."""
         return float(np.exp(-0.5 * _float64(self.schedule.log_snr, self.t_min)))
 
+    @property
+    def marks(self) -> str:
+        """What tells it from others, in short."""
+        ends = _float64(self.schedule.log_snr, np.array([self.t_max, self.t_min]))
+        name = type(self.schedule).__name__
+        return f"{name} from {self.t_max} to {self.t_min}, log SNR {ends[0]} to {ends[1]}"
+
     def times(self, num_segments: int, *, rho: float = 7.0) -> np.ndarray:
         """As `segment_times`, between the ends."""
         log_snr = _float64(self.schedule.log_snr, np.array([self.t_max, self.t_min]))

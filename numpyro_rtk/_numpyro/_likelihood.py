@@ -1,10 +1,12 @@
 """Everything in a model besides the priors of its diffusion sites, as a function of those sites."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
@@ -46,7 +48,11 @@ class Likelihood:
 
             def log_probs(x: dict[str, Event]) -> dict[str, Scalar]:
                 sites = self._sites(x)
-                self._sizes = {name: jnp.size(site["value"]) for name, site in sites.items()}
+                # An observation may be smaller than its law, and NumPyro lets shapes broadcast.
+                self._sizes = {
+                    name: math.prod(np.broadcast_shapes(jnp.shape(site["value"]), site["fn"].shape()))
+                    for name, site in sites.items()
+                }
                 return {name: _log_prob(site) for name, site in sites.items()}
 
             reached = dependence(log_probs, shapes)

@@ -89,7 +89,7 @@ class RTKParticleGibbs(MCMCKernel):
             `DiffusionPrior` sites: several sites, plates and batch shapes are fine, `scan`, `mask` and
             `scale` on them are not.
         num_particles: At least 2, the pinned one included. `None`: 16, or 2 where gradient moves do the work:
-            above 256 dimensions of all sites with an observation for at least every fourth (images).
+            above 256 dimensions of all sites with an observation, masked or not, for at least every fourth.
         segments: Number of segments between noise levels (`None` is 24), placed for every site where its
             reverse transitions are measured to be far from Gaussian, as where modes part; or one time grid
             for all sites, whose ends must be those of the priors.
@@ -106,7 +106,7 @@ class RTKParticleGibbs(MCMCKernel):
             first, and not where a start was given: iterations 0, 1, 3, 7, ..., in its first half.
         sweep_prob: Probability that an iteration has a sweep; the others are local moves only. `None`: warmup
             decides. Sweeps of which at least 5 % change the draw are made in every iteration, rarer ones in
-            proportion, but at least so often that they take half as many evaluations as the local moves.
+            proportion, but at least so often that full ones take half as many evaluations as local moves.
         refresh_depths: Depths of the refreshes among which warmup chooses, as fractions of the levels: 1 is a
             full sweep. With many vectorized chains `(1.0,)` takes no more time, as a sweep lasts as long as
             the deepest of any chain. Shallow ones matter where data are sharp.
@@ -117,7 +117,7 @@ class RTKParticleGibbs(MCMCKernel):
         local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves. `"default"`: two trajectories
             of 10 steps, `LocalHMC()`; one of 100 steps where gradient moves do the work.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
-        num_pilot_draws: Prior draws that measure each level. `None`: 128, or 32 above 256 dimensions.
+        num_pilot_draws: Prior draws that measure each level. `None`: 128, or 32 above 256 dimensions each.
         batch_size: Most particles, of all vectorized chains together, that the start moves at once, for
             memory, but at least those of one chain. `None`: all of them. Pilot draws are made together.
 
@@ -188,7 +188,7 @@ class RTKParticleGibbs(MCMCKernel):
         chains if there are several.
         """
         ess = np.asarray(state.particle_ess)[np.asarray(state.weighted)]
-        sweep_prob = np.mean(state.adapt_state.sweep_prob)
+        sweep_prob = np.mean(self._options.sweep_prob_of(state.adapt_state))
         sweeps = "" if sweep_prob == 1 else f", sweeps {sweep_prob:.2f}"
         lowest = f", lowest particle ESS {ess.min():.1f}" if ess.size else ""
         failed = ", diverging" if np.any(state.diverging) else ""

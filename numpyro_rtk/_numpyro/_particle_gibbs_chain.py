@@ -187,7 +187,7 @@ class Chain(NamedTuple):
         depths = jnp.asarray(options.depths(posterior.num_levels))
         choice = jr.categorical(depth_key, jnp.log(adapt.depth_prob))
         # The coin is that of the iteration: vectorized chains take as long as if all of them swept.
-        swept = jr.uniform(jr.fold_in(jr.key(0), self.shared.iteration)) < adapt.sweep_prob
+        swept = jr.uniform(jr.fold_in(jr.key(0), self.shared.iteration)) < options.sweep_prob_of(adapt)
         # Depth 0 is no sweep.
         depth = jnp.where(swept, depths[choice], 0)
         x = self.problem.flatten(state.z)

@@ -16,6 +16,7 @@ from numpyro_rtk._score._model import has_energy
 from numpyro_rtk._smc._local import AbstractLocalMove, LocalHMC
 from numpyro_rtk._smc._twist import AbstractTwist
 from numpyro_rtk._thresholds import MANY_DIMENSIONS, MAX_MEAN_SLOPE_DIM
+from numpyro_rtk._tuning._sweeps import ParticleGibbsAdaptState
 
 
 DEFAULT_LEVEL_SEGMENTS = 24
@@ -72,6 +73,12 @@ class Options(NamedTuple):
             return jax.vmap(function)(inputs)
         return jax.lax.map(function, inputs, batch_size=at_once)
 
+    def sweep_prob_of(self, adapted: ParticleGibbsAdaptState) -> Any:
+        """Probability of a sweep: what was given, or else what warmup learnt; 1 where nothing else moves."""
+        if self.sweep_prob is None:
+            return 1.0 if self.local is None else adapted.sweep_prob
+        return self.sweep_prob
+
     def depths(self, num_levels: int) -> tuple[int, ...]:
         """The depths that warmup chooses among, in levels."""
         return tuple(sorted({max(1, round(fraction * num_levels)) for fraction in self.refresh_depths}))
@@ -95,11 +102,14 @@ class Options(NamedTuple):
             num_observations: Counts the observed numbers that depend on them.
         """
         many, gradients = _dim(sites) > MANY_DIMENSIONS, False
-        if many and (self.num_particles is None or self.local == "default"):
+        largest = max(math.prod(site.prior.event_shape) for site in sites)
+        if many and self.local is not None and (self.num_particles is None or self.local == "default"):
             gradients = num_observations() >= INFORMATIVE_SHARE * _dim(sites)
         return self._replace(
             num_particles=_or(self.num_particles, FEW_PARTICLES if gradients else PARTICLES),
-            num_pilot_draws=_or(self.num_pilot_draws, PILOT_DRAWS_IN_MANY if many else PILOT_DRAWS),
+            num_pilot_draws=_or(
+                self.num_pilot_draws, PILOT_DRAWS_IN_MANY if largest > MANY_DIMENSIONS else PILOT_DRAWS
+            ),
             local=(LONG_LOCAL if gradients else LocalHMC()) if self.local == "default" else self.local,
         )
 

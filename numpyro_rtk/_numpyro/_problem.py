@@ -238,7 +238,7 @@ def place(problem: Problem, found: list[tuple[Array, Terminal, Array | None]]) -
             grids.append(noise_grid(noise.schedule, times, problem.dtype))
         else:
             candidates = candidate_grid(noise, times.size - 1, problem.dtype)
-            indices = place_levels(difficulty, times.size - 1)
+            indices = place_levels(difficulty, candidates.log_snr_steps, times.size - 1)
             grids.append(chosen_grid(noise.schedule, candidates, indices))
     return grids
 

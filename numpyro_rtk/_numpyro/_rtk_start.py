@@ -114,9 +114,17 @@ def measure_start(settings: Settings, programs: Programs, inputs: tuple[Any, Any
         return programs(f"trips {name}", score_fn, trips, inputs, grid, measured.curvature, places)
 
     if fits:
-        setting = "segments" if settings.times is not None else "evaluations"
-        check_segments(score_fn, fly, grid, measured.draws, settings.inner, "RTKKernel", setting)
+        remedy = "" if settings.times is not None else _more_evaluations(settings)
+        check_segments(score_fn, fly, grid, measured.draws, settings.inner, "RTKKernel", remedy)
     return Start(grid, measured.terminal, measured.denoise_sd)
+
+
+def _more_evaluations(settings: Settings) -> str:
+    """What to write where segments are too long."""
+    if settings.num_segments == settings.noise.max_segments:
+        return "The schedule has no more segments: give an `inner` with steps, as `PreconditionedMALA()`."
+    number = settings.num_segments + settings.denoise
+    return f"Give more evaluations (`evaluations={2 * number}`, now {number})."
 
 
 def _levels_to_measure(settings: Settings) -> NoiseGrid:

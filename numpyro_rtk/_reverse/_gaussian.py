@@ -17,6 +17,12 @@ from numpyro_rtk._reverse._base import (
 from numpyro_rtk._reverse._segment import ReverseTransition
 
 
+MAX_GROWTH = 1.5
+"""Segments that are longer than this times the one before extrapolate less, as the last steps of a discrete
+schedule with few of them: a parabola far beyond its points is worse than none.
+"""
+
+
 class GaussianTransition(AbstractInnerKernel):
     r"""The reverse transition replaced by a Gaussian: no inner steps.
 
@@ -24,7 +30,8 @@ class GaussianTransition(AbstractInnerKernel):
     mean. Higher orders extrapolate the data prediction from the segments before, with the same noise:
     `order=2` is the stochastic predictor SDE-DPM-Solver++(2M), `order=3` integrates the parabola through the
     last three predictions (the predictor of SA-Solver with three steps). They do best on grids that are about
-    even in the log signal-to-noise ratio, as `segment_times(schedule, n, rho=inf)`.
+    even in the log signal-to-noise ratio, as `segment_times(schedule, n, rho=inf)`: where a segment is more
+    than 1.5 times as long as the one before, `order=3` extrapolates less.
 
     *Law.* Biased; the error of the law vanishes as segments get shorter, at first order (`order=1`)
     and, in the mean, at second and third.
@@ -107,7 +114,10 @@ class GaussianTransition(AbstractInnerKernel):
         if self.order == 2:
             return 0.5 * length * slope
         before = (entry.data_predictions[0] - entry.data_predictions[1]) / steps[1]
-        bend = jnp.where(known[1], (slope - before) / (steps[0] + steps[1]), 0.0)
+        growth = length / steps[0]
+        near = known[1] & (growth < MAX_GROWTH) & (steps[0] < MAX_GROWTH * steps[1])
+        bend = jnp.where(near, (slope - before) / (steps[0] + steps[1]), 0.0)
+        slope *= jnp.minimum(1.0, MAX_GROWTH / growth)
         # Newton's form, D(u) = D + slope u + bend u (u + h_before): moments of u under the weights.
         first = length / -jnp.expm1(-2 * length) - 0.5
         second = length**2 / -jnp.expm1(-2 * length) - first

@@ -58,4 +58,4 @@ def place_by_information(
     density = (rate + 5e-4 * jnp.max(rate) + jnp.finfo(rate.dtype).tiny) ** POWER
     middle = jnp.asarray(0.5 * (probed[1:] + probed[:-1]), rate.dtype)
     weights = jnp.interp(jnp.arange(last, dtype=rate.dtype) + 0.5, middle, density)
-    return levels_by_density(weights, num_segments, EVEN_SHARE)
+    return levels_by_density(weights, candidates.log_snr_steps, num_segments, EVEN_SHARE)

@@ -68,14 +68,19 @@ def transition_difficulty(key: RandomKey, score_fn: ScoreModel, candidates: Nois
     )
 
 
-def place_levels(difficulty: Array, num_segments: int) -> Array:
+def place_levels(difficulty: Array, lengths: Array, num_segments: int) -> Array:
     """Indices of the candidates that make a grid, with more of them where transitions are difficult.
 
     The error of a segment of length `l` is `difficulty * l^2`; the sum is least where the density of levels
     goes with the root of the difficulty. `EVEN_SHARE` of the density is even.
 
+    Args:
+        difficulty: Of each candidate.
+        lengths: Of the segments between candidates, in the log signal-to-noise ratio.
+        num_segments: Number of segments.
+
     Returns:
         Shape `(num_segments + 1,)`, strictly increasing, from the first candidate to the last.
     """
     root = jnp.sqrt(difficulty + NEGLIGIBLE_DIFFICULTY)
-    return levels_by_density(0.5 * (root[1:] + root[:-1]), num_segments, EVEN_SHARE)
+    return levels_by_density(0.5 * (root[1:] + root[:-1]), lengths, num_segments, EVEN_SHARE)

@@ -48,11 +48,19 @@ def chosen(model, **options):
     return kernel._problem(None, (jnp.ones((18, 18)),), {}, jnp.float32).options
 
 
-@pytest.mark.parametrize("model", [image, counts, plate_of_small])
-def test_data_for_most_of_many_coordinates_leave_the_work_to_gradient_moves(model):
+def one_value(y):
+    x = numpyro.sample("x", prior(18, 18))
+    numpyro.sample("y", dist.Normal(x, 0.5).to_event(2), obs=y[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("model", "num_pilot_draws"), [(image, 32), (counts, 32), (one_value, 32), (plate_of_small, 128)]
+)
+def test_data_for_most_of_many_coordinates_leave_the_work_to_gradient_moves(model, num_pilot_draws):
     model = numpyro.handlers.condition(model, {"sky": jnp.asarray(0.3)})
     options = chosen(model)
-    assert (options.num_particles, options.local, options.num_pilot_draws) == (FEW_PARTICLES, LONG_LOCAL, 32)
+    assert (options.num_particles, options.local) == (FEW_PARTICLES, LONG_LOCAL)
+    assert options.num_pilot_draws == num_pilot_draws
 
 
 @pytest.mark.parametrize(("model", "num_pilot_draws"), [(few_numbers, 32), (small, 128)])
@@ -66,7 +74,9 @@ def test_what_is_given_is_kept():
     given = {"num_particles": 5, "local": rtk.LocalMALA(), "num_pilot_draws": 9, "sweep_prob": 0.3}
     options = chosen(image, **given)
     assert {name: getattr(options, name) for name in given} == given
-    assert chosen(image, local=None).local is None
+    # Without local moves particles do the work.
+    without = chosen(image, local=None)
+    assert (without.local, without.num_particles) == (None, PARTICLES)
     # Each by itself.
     assert chosen(image, num_particles=5).local == LONG_LOCAL
 

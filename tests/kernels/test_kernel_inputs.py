@@ -473,6 +473,14 @@ def test_evaluations_beyond_the_steps_of_a_discrete_schedule():
     assert kernel.num_score_evals == kernel.num_segments <= 3
 
 
+def test_a_state_of_other_noise_is_refused_where_levels_are_placed():
+    options = {"event_shape": (2,), "evaluations": 6}
+    state = rtk.RTKKernel(score, schedule=rtk.OU(), **options).init(jr.key(0), 0, None, (), {})
+    for schedule in (rtk.OU(t_min=0.3), rtk.VP()):
+        with pytest.raises(ValueError, match="another inner kernel or other segments"):
+            rtk.RTKKernel(score, schedule=schedule, **options).sample(state, (), {})
+
+
 @pytest.mark.parametrize("site", ["", None, 3, ("x",)])
 def test_site(site):
     with pytest.raises(TypeError, match=r"`site` must be a non-empty string"):

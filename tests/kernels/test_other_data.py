@@ -53,7 +53,7 @@ def resumed(jit_model_args):
         yield y, mcmc
 
 
-@pytest.mark.parametrize("jit_model_args", [False, True])
+@pytest.mark.parametrize("jit_model_args", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_posterior_of_the_other_data(jit_model_args):
     for y, mcmc in resumed(jit_model_args):
         x = np.asarray(mcmc.get_samples(group_by_chain=True)["x"], np.float64)

@@ -85,6 +85,25 @@ def test_without_local_moves_all_iterations_sweep():
     assert np.all(extra["depth"] > 0)
 
 
+@pytest.mark.filterwarnings("ignore:Particle weights collapsed")
+def test_a_kernel_keeps_its_own_probability_with_a_state_of_another():
+    y = jnp.ones(1)
+
+    def depths(state, **options):
+        kernel = rtk.RTKParticleGibbs(model, **OPTIONS | options)
+        found = []
+        for _ in range(3):
+            state = kernel.sample(state, (y, 0.5), {})
+            found.append(int(state.depth))
+        return np.asarray(found)
+
+    still = rtk.RTKParticleGibbs(model, **OPTIONS | {"sweep_prob": 0.0})
+    state = still.init(jr.key(0), 0, None, (y, 0.5), {})
+    assert np.all(depths(state, sweep_prob=0.0) == 0)
+    assert np.all(depths(state, sweep_prob=1.0) > 0)
+    assert np.all(depths(state, local=None) > 0)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, "often", float("nan")])
 def test_a_probability_is_one(value):
     with pytest.raises(ValueError, match="`sweep_prob` must be between 0 and 1"):

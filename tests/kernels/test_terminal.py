@@ -112,6 +112,7 @@ def two_modes(schedule):
     return rtk.GaussianMixtureScore([SHARE, 1 - SHARE], means, [0.2 * np.eye(2)] * 2, schedule)
 
 
+@pytest.mark.slow
 def test_mode_weights_below_an_early_top():
     draws = kernel_draws(two_modes(rtk.OU(t_max=1.0)), 2, 4000)
     assert abs(np.mean(draws[:, 0] < -0.25) - SHARE) < 0.04

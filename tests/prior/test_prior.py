@@ -622,6 +622,7 @@ def normal_energy(x, t):
     return 0.5 * jnp.sum(x**2)
 
 
+@pytest.mark.slow
 def test_a_score_that_was_changed_in_place_is_another_score():
     class Network:
         mean, sd = 0.0, 1.0

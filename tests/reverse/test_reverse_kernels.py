@@ -29,7 +29,7 @@ from numpyro_rtk._moves._line_integral import AbstractEnergyDifference
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid
 from numpyro_rtk._noising._terminal import standard_terminal, terminal
-from numpyro_rtk._reverse._base import AbstractInnerKernel, first_entry, SegmentTuning
+from numpyro_rtk._reverse._base import AbstractInnerKernel, first_entry, SegmentEntry, SegmentTuning
 from numpyro_rtk._reverse._pass import default_tuning, num_score_evaluations, reverse_pass
 from numpyro_rtk._reverse._uld import force_weight, position_noise_scale, velocity_weight
 from numpyro_rtk._score._adapters import AbstractNetworkScore
@@ -692,7 +692,7 @@ def test_third_order_integrates_the_parabola_through_three_predictions(x64):
     # The exact solution for a data prediction that is known, lambda = log(alpha / sigma): the integral of
     # 2 exp(-2 (lambda_s - lambda)) D(lambda) by quadrature, D through the last two, then three points.
     schedule, score_fn, key = VP(), mixture(VP()), jr.key(1)
-    times = jnp.asarray([0.9, 0.6, 0.3, 0.2, 0.02])
+    times = jnp.asarray([0.9, 0.6, 0.35, 0.2, 0.09])
     grid = noise_grid(schedule, np.asarray(times), jnp.float64)
     kernel = GaussianTransition(order=3)
     x = jnp.asarray([0.4, -0.9])
@@ -715,6 +715,21 @@ def test_third_order_integrates_the_parabola_through_three_predictions(x64):
         x += sigma[i + 1] * np.sqrt(1 - np.exp(-2 * h)) * jr.normal(noise_key, (2,))
         path.append(x)
     np.testing.assert_allclose(result.path, np.stack(path), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "slope", "bend"), [((0.3, 0.4), 1.0, 1.0), ((0.1, 0.1), 0.375, 0.0)])
+def test_third_order_extrapolates_less_beyond_its_points(steps, slope, bend, x64):
+    # A segment of length 0.4 after two of these lengths: 4 times the one before, where 1.5 times is the most.
+    now, before, first = (jnp.asarray([value]) for value in (1.0, 0.7, 0.1))
+    entry = SegmentEntry(jnp.stack([before, first]), jnp.asarray(steps))
+    length = jnp.asarray(0.4)
+    found = GaussianTransition(order=3)._correction(now, length, entry)
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    u = 0.2 * (nodes + 1)
+    weights = weights * np.exp(2 * u) / np.sum(weights * np.exp(2 * u))
+    rises = [(now - before) / steps[0], (before - first) / steps[1]]
+    curve = slope * rises[0] * u + bend * (rises[0] - rises[1]) / sum(steps) * u * (u + steps[0])
+    np.testing.assert_allclose(found, [np.sum(weights * curve)], rtol=1e-10)
 
 
 # Failures are data.

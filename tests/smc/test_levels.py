@@ -183,7 +183,7 @@ def test_a_chosen_grid_is_the_grid_of_its_times(name):
     schedule = SCHEDULES[name]
     candidates = candidate_grid(noise_range(schedule), NUM_SEGMENTS, jnp.float32)
     difficulty = jnp.exp(-((jnp.arange(candidates.t.size) - 90.0) ** 2) / 400)
-    indices = place_levels(difficulty, NUM_SEGMENTS)
+    indices = place_levels(difficulty, candidates.log_snr_steps, NUM_SEGMENTS)
     grid = chosen_grid(schedule, candidates, indices)
     # Where the choice is traced, the schedule is not evaluated again, and differences are rounded.
     traced = jax.jit(lambda indices: chosen_grid(schedule, candidates, indices))(indices)
@@ -199,7 +199,7 @@ def test_a_chosen_grid_is_the_grid_of_its_times(name):
 def test_levels_are_dense_as_the_root_of_the_difficulty():
     # Four times the difficulty in the first half: twice the levels there, and the even share.
     difficulty = jnp.where(jnp.arange(4001) < 2000, 4.0, 1.0)
-    indices = np.asarray(place_levels(difficulty, 240))
+    indices = np.asarray(place_levels(difficulty, jnp.ones(4000), 240))
     share = np.mean(indices < 2000)
     assert abs(share - ((1 - EVEN_SHARE) * 2 / 3 + EVEN_SHARE / 2)) < 0.01
     assert np.all(np.diff(indices) > 0)
@@ -209,7 +209,7 @@ def test_levels_are_dense_as_the_root_of_the_difficulty():
 @pytest.mark.parametrize("difficulty", [np.zeros(41), np.ones(41), np.eye(41)[20], np.eye(41)[40] * 1e30])
 @pytest.mark.parametrize("num_segments", [1, 7, 39, 40])
 def test_levels_are_distinct_and_reach_both_ends(difficulty, num_segments):
-    indices = np.asarray(place_levels(jnp.asarray(difficulty, jnp.float32), num_segments))
+    indices = np.asarray(place_levels(jnp.asarray(difficulty, jnp.float32), jnp.ones(40), num_segments))
     assert indices.shape == (num_segments + 1,)
     assert (indices[0], indices[-1]) == (0, 40)
     assert np.all(np.diff(indices) > 0)
@@ -252,9 +252,10 @@ def test_levels_placed_where_modes_part_give_them_their_weights():
         np.array([0.2, 0.8]), np.array([[-8.0], [8.0]]), np.ones((2, 1, 1)), schedule
     )
     candidates, difficulty = difficulty_of(score, schedule, 1)
-    even = place_levels(jnp.ones(candidates.t.size), 10)
+    lengths = candidates.log_snr_steps
+    even = place_levels(jnp.ones(candidates.t.size), lengths, 10)
     errors = []
-    for indices in (place_levels(jnp.asarray(difficulty), 10), even):
+    for indices in (place_levels(jnp.asarray(difficulty), lengths, 10), even):
         times = np.asarray(candidates.t[indices])
         prior = rtk.DiffusionPrior(
             score, (1,), segments=times, reverse=rtk.PreconditionedMALA(energy_difference=rtk.ExactEnergy())

@@ -66,6 +66,7 @@ def test_levels_that_no_sweep_visited_keep_their_step_sizes(depth):
     assert np.all(np.asarray(state.step_size > REVERSE)[visited])
 
 
+@pytest.mark.slow
 def test_annealed_step_sizes_survive_a_restart():
     """A restart finds guided step sizes; the averaging goes on from them, and from nothing older."""
     tuner = tuner_of()
