@@ -4,9 +4,9 @@ use.
 Truths are drawn from the network itself, clean of the noise of `t_min`; every pixel gets Gaussian noise of
 sd 0.5. `t_min` is 0.03, as in `examples/galaxy_restore.py`. Coverage and errors are of the clean truth, by
 draws of clean data; beside them is what draws as they come would cover, which have the noise of `t_min`.
-Routes: `ScoreHMC` with known noise scale; `RTKGibbs(NUTS(model))` with the scale as a further latent, and
-`RTKParticleGibbs(model)` without, both with no options; and what is found in papers' code: NUTS on a
-distribution whose `log_prob` returns 0 and whose gradient is the score.
+Routes: `ScoreHMC` with known noise scale; `RTKGibbs(NUTS(model))` without sweeps, with the scale as a further
+latent; `RTKParticleGibbs(model)` with no options and known scale; and what is found in papers' code: NUTS on
+a distribution whose `log_prob` returns 0 and whose gradient is the score.
 
 Run with:  python -m benchmarks.galaxy_posterior [--galaxies 4] [--routes known unknown "no options" attached]
 """
@@ -78,7 +78,7 @@ def attached(y):
 
 
 def routes():
-    gibbs = rtk.RTKGibbs(NUTS(unknown_scale))
+    gibbs = rtk.RTKGibbs(NUTS(unknown_scale), sweep_prob=0.0)
     hmc = rtk.ScoreHMC(known_scale, trajectory_length=5.0, target_accept_prob=0.8)
     return {
         "known": (hmc, 200, 300),

@@ -70,8 +70,8 @@ class RTKParticleGibbs(MCMCKernel):
     reverse kernel of `E` evaluations a transition (3 by default) costs, per event of every site,
     `K (G + 1 + (P - 1)(E + G)) + P` and the local moves, vectorised over particles. A guided step counts
     twice with `guidance="mean"`, for Simpson's rule, unless all scores have an energy, where a transition
-    counts one more. `init` draws `num_pilot_draws` from the prior (40 evaluations each and one per level; for
-    64 of them 64 more, to place the levels), checks the transitions of each prior by round trips, as
+    counts one more. `init` draws `num_pilot_draws` from the prior (43 evaluations each and one per level; for
+    at most 64 of them 64 more, to place the levels), checks the transitions of each prior by round trips, as
     `RTKKernel` does, and runs two unconditional sweeps with `num_start_steps`.
 
     *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of
