@@ -64,6 +64,7 @@ def main():
     width = parser.parse_args().width
     print("| Fault | What is said |\n|---|---|")
     for name, (score, schedule, options) in faults().items():
+        options = {"segments": 32} | options
         kernel = rtk.RTKKernel(score, event_shape=SHAPE, schedule=schedule, **options)
         message = said(lambda kernel=kernel: kernel.init(jr.key(0), 1, None, (), {}))
         print(f"| {name} | {message[:width]} |", flush=True)

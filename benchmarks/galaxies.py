@@ -18,6 +18,7 @@ def kernels():
         "RTKMALA": rtk.RTKMALA(network, **options),
         "RTKULD": rtk.RTKULD(network, **options),
         "RTKKernel": rtk.RTKKernel(network, **options),
+        "PreconditionedMALA": rtk.RTKKernel(network, segments=32, **options),
         # Midpoints of long moves have less noise than the network was trained on; see docs/choosing.md.
         "Simpson, long moves": rtk.RTKKernel(
             network,

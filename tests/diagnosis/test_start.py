@@ -79,6 +79,19 @@ def test_segments_that_are_too_long_are_warned_of(segments_are_checked):
 
 
 @pytest.mark.slow
+def test_too_few_evaluations_are_warned_of(segments_are_checked):
+    kernel = rtk.RTKKernel(two_modes(rtk.OU(), 0.12), event_shape=(3,), evaluations=6, denoise=True)
+    with pytest.warns(
+        UserWarning, match=r"of 5 of `RTKKernel`.*more evaluations \(`evaluations=12`, now 6\)"
+    ):
+        kernel.init(jr.key(0), 10, None, (), {})
+    few = rtk.DiscreteVP([0.999, 0.9, 0.5, 0.1, 0.01])
+    kernel = rtk.RTKKernel(two_modes(few, 0.12), event_shape=(3,))
+    with pytest.warns(UserWarning, match=r"of 4 of `RTKKernel`.*has no more segments: give an `inner`"):
+        kernel.init(jr.key(0), 10, None, (), {})
+
+
+@pytest.mark.slow
 def test_particle_gibbs_is_asked_about_its_transitions_once_for_a_prior(segments_are_checked):
     score_fn = two_modes(rtk.OU(), 0.15)
     prior = rtk.DiffusionPrior(score_fn, (3,), rtk.OU())
