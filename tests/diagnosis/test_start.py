@@ -12,6 +12,8 @@ import numpyro.distributions as dist
 import pytest
 
 import numpyro_rtk as rtk
+from numpyro_rtk._noising._times import noise_range
+from numpyro_rtk._numpyro._rtk_start import _more_evaluations, Settings
 
 
 VP = rtk.VP(beta_min=0.1, beta_max=20.0)
@@ -85,10 +87,13 @@ def test_too_few_evaluations_are_warned_of(segments_are_checked):
         UserWarning, match=r"of 5 of `RTKKernel`.*more evaluations \(`evaluations=12`, now 6\)"
     ):
         kernel.init(jr.key(0), 10, None, (), {})
-    few = rtk.DiscreteVP([0.999, 0.9, 0.5, 0.1, 0.01])
-    kernel = rtk.RTKKernel(two_modes(few, 0.12), event_shape=(3,))
-    with pytest.warns(UserWarning, match=r"of 4 of `RTKKernel`.*has no more segments: give an `inner`"):
-        kernel.init(jr.key(0), 10, None, (), {})
+
+
+def test_a_schedule_that_has_no_more_segments_is_said_to_have_none():
+    few = noise_range(rtk.DiscreteVP([0.999, 0.9, 0.5, 0.1, 0.01]))
+    settings = Settings(None, lambda *_: None, few, None, 3, rtk.GaussianTransition(3), True, (3,), float)
+    assert _more_evaluations(settings) == "Give more evaluations (`evaluations=8`, now 4)."
+    assert "has no more segments: give an `inner`" in _more_evaluations(settings._replace(num_segments=4))
 
 
 @pytest.mark.slow
