@@ -40,8 +40,10 @@ class NoiseRange(NamedTuple):
         return float(np.exp(-0.5 * _float64(self.schedule.log_snr, self.t_min)))
 
     @property
-    def marks(self) -> str:
-        """What tells it from others, in short."""
+    def fingerprint(self) -> str:
+        """Tells it from others, in short: by the kind of process, its ends and their log signal-to-noise
+        ratios.
+        """
         ends = _float64(self.schedule.log_snr, np.array([self.t_max, self.t_min]))
         name = type(self.schedule).__name__
         return f"{name} from {self.t_max} to {self.t_min}, log SNR {ends[0]} to {ends[1]}"

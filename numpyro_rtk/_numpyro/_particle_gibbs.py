@@ -249,8 +249,7 @@ class RTKParticleGibbs(MCMCKernel):
         shared, floor = self._measure(problem, num_warmup, args, kwargs)
         shared = shared._replace(restarts=jnp.asarray(not given))
 
-        def start(keys: Any, given: Any, seen: Any, options: Options, args: Any, kwargs: Any) -> Any:
-            del options
+        def start(keys: Any, given: Any, seen: Any, args: Any, kwargs: Any) -> Any:
             shared, floor = seen
             inner = self._problem(None, args, kwargs, dtype)
             chain = Chain(inner.options, inner, shared)
@@ -263,7 +262,7 @@ class RTKParticleGibbs(MCMCKernel):
 
         name = f"start {batched} {num_warmup} {dtype}"
         seen = (shared, floor)
-        state = self._program(name, start, rng_key, given, seen, self._options, args, kwargs)
+        state = self._program(name, start, rng_key, given, seen, args, kwargs)
         state = state._replace(shared=shared)
 
         def log_likelihood(z: dict[str, Array], args: Any, kwargs: Any) -> Array:
@@ -309,14 +308,13 @@ class RTKParticleGibbs(MCMCKernel):
         """
         options, dtype, arrays = problem.options, problem.dtype, problem.scores.arrays
 
-        def probe(arrays: Any, options: Options, args: Any, kwargs: Any) -> Any:
-            return draw_and_probe(self._problem(None, args, kwargs, dtype), options, arrays)
+        def probe(arrays: Any, args: Any, kwargs: Any) -> Any:
+            return draw_and_probe(self._problem(None, args, kwargs, dtype), arrays)
 
         def first(arrays: Any, args: Any, kwargs: Any) -> Any:
             return first_calls(self._problem(None, args, kwargs, dtype), arrays)
 
-        def pilot(draws: Any, grids: Any, arrays: Any, options: Options, args: Any, kwargs: Any) -> Any:
-            del options
+        def pilot(draws: Any, grids: Any, arrays: Any, args: Any, kwargs: Any) -> Any:
             inner = self._problem(None, args, kwargs, dtype)
             flat = flatten_draws(inner, draws)
             return (
@@ -325,13 +323,12 @@ class RTKParticleGibbs(MCMCKernel):
                 jnp.mean(flat, axis=0),
             )
 
-        settings = (options, args, kwargs)
         called = self._program(f"first {dtype}", first, arrays, args, kwargs)
         for one, grid in zip(called, initial_grids(problem), strict=True):
             check_first_call(one, grid)
-        seen = self._program(f"probe {dtype}", probe, arrays, *settings)
+        seen = self._program(f"probe {dtype}", probe, arrays, args, kwargs)
         draws, grids = [one[0] for one in seen], place(problem, seen)
-        pilots, terms, center = self._program(f"pilot {dtype}", pilot, draws, grids, arrays, *settings)
+        pilots, terms, center = self._program(f"pilot {dtype}", pilot, draws, grids, arrays, args, kwargs)
 
         def fly(i: int, *inputs: Any) -> Any:
             def trips(grid: Any, curvature: Any, arrays: Any, inputs: Any, args: Any, kwargs: Any) -> Any:

@@ -200,9 +200,7 @@ def first_calls(problem: Problem, arrays: Any) -> list[tuple[Array, Array]]:
     return [first_call(model, grid, site.prior.event_shape) for site, model, grid in sites]
 
 
-def draw_and_probe(
-    problem: Problem, options: Options, arrays: Any
-) -> list[tuple[Array, Terminal, Array | None]]:
+def draw_and_probe(problem: Problem, arrays: Any) -> list[tuple[Array, Terminal, Array | None]]:
     """Prior draws of each site, their terminal Gaussian, and where its reverse transitions are difficult.
 
     `num_pilot_draws * 43` score evaluations a site, and 64 more of up to 64 draws.
@@ -211,19 +209,15 @@ def draw_and_probe(
     for site, model, times in zip(problem.sites, problem.rebuild(arrays), problem.times, strict=True):
         draw_key, _, probe_key = jr.split(jr.key(0), 3)
         noise = site.prior.noise
+        num_draws = problem.options.num_pilot_draws
         draws, terminal = prior_draws(
-            draw_key,
-            model,
-            noise,
-            site.prior.event_shape,
-            problem.dtype,
-            options.num_pilot_draws,
+            draw_key, model, noise, site.prior.event_shape, problem.dtype, num_draws
         )
         draws = or_zero(draws)
         difficulty = None
         candidates = candidate_grid(noise, times.size - 1, problem.dtype)
         # A grid that was given is kept; so is one of all there is between the levels of a coarse precision.
-        if np.ndim(options.segments) == 0 and candidates.num_levels >= times.size:
+        if np.ndim(problem.options.segments) == 0 and candidates.num_levels >= times.size:
             difficulty = transition_difficulty(probe_key, model, candidates, draws)
         found.append((draws, terminal, difficulty))
     return found

@@ -334,7 +334,7 @@ class RTKKernel(MCMCKernel):
         found, rebuild = hoist(self._score_fn, x, t, args, kwargs)
         # What was learnt for one reverse kernel or grid means something else for another.
         levels = f"{self.num_segments} segments" if self._times is None else self._times.tolist()
-        settings = f"{type(self._inner).__name__} on {levels} of {self._noise.marks}"
+        settings = f"{type(self._inner).__name__} on {levels} of {self._noise.fingerprint}"
         settings += ", denoised" * self._denoise
         return HoistedArrays(found.arrays, f"{found.fingerprint} {settings}"), rebuild
 

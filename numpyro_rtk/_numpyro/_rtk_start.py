@@ -98,12 +98,12 @@ def measure_start(settings: Settings, programs: Programs, inputs: tuple[Any, Any
     check_first_call(measured.called, seen)
     num_failed = jnp.sum(~jnp.all(jnp.isfinite(measured.draws.reshape(measured.draws.shape[0], -1)), axis=1))
     fits = check_calibration(
-        score_fn, settings.noise.schedule, seen, shape, measured.calibration, num_failed=num_failed
+        score_fn, noise.schedule, seen, shape, measured.calibration, num_failed=num_failed
     )
     grid = seen
     if measured.indices is not None:
         candidates = noise_grid(noise.schedule, settings.candidate_times, dtype)
-        grid = chosen_grid(settings.noise.schedule, candidates, measured.indices)
+        grid = chosen_grid(noise.schedule, candidates, measured.indices)
 
     def fly(*places: Any) -> Travellers:
         def trips(inputs: Any, grid: NoiseGrid, curvature: Array, places: Any) -> Travellers:
@@ -156,7 +156,7 @@ def _measure(settings: Settings, inputs: Any) -> _Measured:
         probed = probed_levels(candidates.num_levels)
         error = jnp.mean(pilot.mean_square.reshape(probed.size, -1), axis=1)
         indices = place_by_information(error, probed, candidates, settings.num_segments)
-        # Of the probed level that is next in noise.
+        # Of the next probed level towards data.
         curvature = pilot.curvature[jnp.searchsorted(jnp.asarray(probed), indices[1:])]
     called = first_call(model, levels, shape)
     return _Measured(called, terminal, sd, draws, indices, curvature, pilot.calibration)

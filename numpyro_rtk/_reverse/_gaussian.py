@@ -46,7 +46,8 @@ class GaussianTransition(AbstractInnerKernel):
 
     References:
         Ho, Jain and Abbeel (2020), arXiv 2006.11239, equation 7. Lu et al. (2022), arXiv 2211.01095,
-        algorithm SDE-DPM-Solver++(2M). Xue et al. (2023), arXiv 2305.14267, equation 14 with `tau = 1`.
+        algorithm SDE-DPM-Solver++(2M). Xue et al. (2023), arXiv 2305.14267, the stochastic Adams predictor
+        with `tau = 1`.
     """
 
     order: int = eqx.field(static=True, default=1)

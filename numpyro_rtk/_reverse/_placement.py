@@ -13,7 +13,7 @@ NUM_PROBED_LEVELS = 49
 SMOOTHING = 5
 """Probed levels that a rate is averaged over."""
 POWER = 0.25
-"""Power of the rate that the density of levels goes with (`benchmarks/evaluations.py`)."""
+"""Power of the rate that the density of levels goes with."""
 EVEN_SHARE = 0.3
 """Share of the segments that are spread evenly over the log signal-to-noise ratio."""
 
@@ -32,8 +32,8 @@ def place_by_information(
     Over a segment of length `h` in `l`, the log signal-to-noise ratio, a transition that takes the data
     prediction to be constant is off by `SNR |d mmse / d l| h^2 / 4` nats, with `mmse` the denoising error:
     the path's drift is the data prediction, whose mean square change is the decrease of its error. An
-    extrapolated prediction is off where this rate is high, too, but not in proportion: of the powers tried
-    the fourth root gave the best draws (`benchmarks/evaluations.py`).
+    extrapolated prediction is off where this rate is high, too, but by a higher power of `h`, for which a
+    lower power of the rate is right; `benchmarks/evaluations.py` compares the fourth root with even levels.
 
     Args:
         mean_square: Denoising error at the probed levels, mean square over draws and coordinates, shape

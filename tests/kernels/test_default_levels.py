@@ -1,12 +1,11 @@
 """The levels of `RTKKernel` with no argument on schedules whose steps are far from even near data."""
 
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
-from numpyro.infer import MCMC
 
 import numpyro_rtk as rtk
+from benchmarks.problems import draw
 
 
 SD, PLACES = 0.1, np.array([[-0.7, 0.3], [0.7, -0.3]])
@@ -18,16 +17,7 @@ def in_mode_sd(schedule, **options):
     """Of draws of two sharp modes, over the exact one; and the largest draw."""
     score = rtk.GaussianMixtureScore([0.4, 0.6], PLACES, [SD**2 * np.eye(2)] * 2, schedule)
     kernel = rtk.RTKKernel(score, event_shape=(2,), **options)
-    mcmc = MCMC(
-        kernel,
-        num_warmup=0,
-        num_samples=100,
-        num_chains=100,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    mcmc.run(jr.key(0))
-    x = np.asarray(mcmc.get_samples()["x"])
+    x = np.asarray(draw(kernel, 10_000, num_warmup=0, num_chains=100).get_samples()["x"])
     alpha, sigma = (float(at(jnp.asarray(0.0))) for at in (schedule.alpha, schedule.sigma))
     which = np.argmin(((x[:, None] - alpha * PLACES) ** 2).sum(-1), axis=1)
     exact = np.hypot(alpha * SD, sigma)
