@@ -1,5 +1,6 @@
 """Draws through a segment and back: right kernels are not spoken of, segments that are too long are named."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -92,6 +93,31 @@ def test_segments_that_are_too_long_are_named(inner, num_segments):
     assert f"`segments={2 * num_segments}`" in finding.message
     steps = getattr(inner, "num_steps", 0)
     assert (f"num_steps={2 * steps}" in finding.message) == hasattr(inner, "num_steps")
+
+
+class Remembers(rtk.GaussianTransition):
+    """Shows what it was handed: the lengths of both segments before, and the older prediction."""
+
+    order: int = eqx.field(static=True, default=3)
+
+    def run_segment(self, key, target, entry, tuning):
+        result = super().run_segment(key, target, entry, tuning)
+        older = entry.data_predictions[1, 0] - target.x_t[0]
+        return result._replace(x=jnp.append(entry.half_log_snr_steps, older))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_kernel_with_a_memory_is_handed_the_two_segments_before(index):
+    schedule = rtk.VE(sigma_min=0.01, sigma_max=10.0)
+    times = segment_times(schedule, 4, rho=np.inf)
+    grid = noise_grid(schedule, times, jnp.float32)
+    trip = plan_trip(resolve_score(lambda x, t: 0.0 * x), grid, Remembers(), jnp.ones((4, 3)))
+    after = np.asarray(travel(jr.key(0), trip, jnp.zeros((4000, 3)), jnp.asarray(index)).after)
+    lengths = np.append(np.zeros(2), np.asarray(0.5 * grid.log_snr_steps))
+    np.testing.assert_allclose(after[0, :2], [lengths[index + 1], lengths[index]], rtol=1e-4)
+    if index == 2:
+        # Without a score the prediction is the point itself, which has the noise of both segments.
+        np.testing.assert_allclose(after[:, 2].std(), np.sqrt(grid.v[0] + grid.v[1]), rtol=0.04)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from numpyro.infer import MCMC
 
 import numpyro_rtk as rtk
+from numpyro_rtk._numpyro._particle_gibbs_chain import Chain
 
 
 NUM_WARMUP, NUM_SAMPLES, NUM_CHAINS = 60, 100, 2
@@ -53,6 +55,14 @@ def test_sweeps_that_change_the_draw_are_made_in_every_iteration():
     assert extra["changed"].mean() > 0.2
     assert np.all(extra["depth"] > 0)
     assert np.all(extra["adapt_state.sweep_prob"] == 1)
+    # The least that others come down to: full sweeps of half the evaluations of the local moves, which are 10
+    # (and 1 for the point that an iteration starts from).
+    state = jax.tree.map(lambda leaf: leaf[0], mcmc.last_state._replace(shared=None))
+    problem = mcmc.sampler._problem(None, (jnp.ones(1), 0.5), {}, jnp.float32)
+    chain = Chain(problem.options, problem, mcmc.last_state.shared)
+    tuner = chain.tuner(chain.posterior(state.adapt_state.log_beta, state.adapt_state.floor))
+    full = int(np.max(extra["num_score_evals"])) - 11
+    np.testing.assert_allclose(tuner.least_sweep_prob, 0.5 * 10 / full)
 
 
 @pytest.mark.slow

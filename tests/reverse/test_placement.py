@@ -7,6 +7,7 @@ import pytest
 
 import numpyro_rtk as rtk
 from numpyro_rtk._noising._grid import candidate_grid
+from numpyro_rtk._noising._placement import levels_by_density
 from numpyro_rtk._noising._times import noise_range
 from numpyro_rtk._reverse._placement import (
     EVEN_SHARE,
@@ -43,6 +44,20 @@ def test_density_of_levels_follows_the_rate_of_information():
     # The control: even levels are elsewhere.
     even = np.linspace(0, candidates.num_segments, NUM_SEGMENTS + 1)
     assert np.max(np.abs(indices - even)) > 30
+
+
+def test_levels_count_the_distance_of_candidates():
+    # Steps of a discrete schedule: the last quarter of the candidates has half of the length.
+    lengths = jnp.asarray([1.0] * 300 + [3.0] * 100)
+    even = np.asarray(levels_by_density(jnp.ones(400), lengths, 60, 0.5))
+    reached = np.append(0.0, np.cumsum(lengths))
+    np.testing.assert_allclose(reached[even], np.linspace(0, 600, 61), atol=2)
+    # Weights are densities, with nothing even; and what is even goes by length, whatever the weights.
+    weights = jnp.asarray([3.0] * 300 + [1.0] * 100)
+    by_weight = np.asarray(levels_by_density(weights, lengths, 60, 0.0))
+    assert abs(np.mean(by_weight <= 300) - 0.75) < 0.02
+    half = np.asarray(levels_by_density(weights, lengths, 60, 0.5))
+    assert abs(np.mean(half <= 300) - 0.5 * (0.75 + 0.5)) < 0.02
 
 
 @pytest.mark.parametrize("error", [np.nan, np.inf, 0.0])

@@ -717,7 +717,11 @@ def test_third_order_integrates_the_parabola_through_three_predictions(x64):
     np.testing.assert_allclose(result.path, np.stack(path), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("steps", "slope", "bend"), [((0.3, 0.4), 1.0, 1.0), ((0.1, 0.1), 0.375, 0.0)])
+# A second segment has one before it only; the last case has its neighbours far apart.
+@pytest.mark.parametrize(
+    ("steps", "slope", "bend"),
+    [((0.3, 0.4), 1.0, 1.0), ((0.1, 0.1), 0.375, 0.0), ((0.3, 0.0), 1.0, 0.0), ((0.3, 0.1), 1.0, 0.0)],
+)
 def test_third_order_extrapolates_less_beyond_its_points(steps, slope, bend, x64):
     # A segment of length 0.4 after two of these lengths: 4 times the one before, where 1.5 times is the most.
     now, before, first = (jnp.asarray([value]) for value in (1.0, 0.7, 0.1))
@@ -727,7 +731,7 @@ def test_third_order_extrapolates_less_beyond_its_points(steps, slope, bend, x64
     nodes, weights = np.polynomial.legendre.leggauss(20)
     u = 0.2 * (nodes + 1)
     weights = weights * np.exp(2 * u) / np.sum(weights * np.exp(2 * u))
-    rises = [(now - before) / steps[0], (before - first) / steps[1]]
+    rises = [(now - before) / steps[0], (before - first) / (steps[1] or 1.0)]
     curve = slope * rises[0] * u + bend * (rises[0] - rises[1]) / sum(steps) * u * (u + steps[0])
     np.testing.assert_allclose(found, [np.sum(weights * curve)], rtol=1e-10)
 
