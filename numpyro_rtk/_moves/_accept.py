@@ -50,14 +50,14 @@ def metropolis(
 
     Args:
         key: Random key.
-        log_ratio: Log Metropolis-Hastings ratio.
+        log_ratio: Log Metropolis-Hastings ratio, or an array of them, each of a move of its own.
         finite: Whether the network's values at the proposal are finite.
         possible: Whether the proposal has a likelihood to speak of.
         resolved: Whether `log_ratio` is known well enough.
     """
     known = log_ratio < jnp.inf
     usable = finite & known & resolved
-    accept = usable & (-jr.exponential(key, dtype=log_ratio.dtype) < log_ratio)
+    accept = usable & (-jr.exponential(key, jnp.shape(log_ratio), log_ratio.dtype) < log_ratio)
     accept_prob = jnp.where(usable, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
     return Acceptance(accept, accept_prob, ~finite | (~known & possible & resolved))
 

@@ -1,7 +1,10 @@
 """Langevin proposals `y = x + h f(x) + sqrt(2 h) xi`, in coordinates in which their noise is white."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import jax.random as jr
+from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Event, RandomKey, Scalar
 from numpyro_rtk._moves._line_integral import dot
@@ -13,7 +16,13 @@ def langevin_move(key: RandomKey, force: Event, step_size: Scalar) -> Event:
     return step_size * force + jnp.sqrt(2 * step_size) * noise
 
 
-def log_langevin_ratio(move: Event, force: Event, new_force: Event, step_size: Scalar) -> Scalar:
+def log_langevin_ratio(
+    move: Event,
+    force: Event,
+    new_force: Event,
+    step_size: Scalar,
+    inner: Callable[[Event, Event], Array] = dot,
+) -> Array:
     """`log q(x | y) - log q(y | x)`, the squares `|y - x|^2` cancelled by hand; antisymmetric.
 
     Args:
@@ -21,6 +30,7 @@ def log_langevin_ratio(move: Event, force: Event, new_force: Event, step_size: S
         force: Gradient of the log target at `x`.
         new_force: The same at `y`.
         step_size: `h`.
+        inner: Inner product; one by element gives a ratio by element.
     """
     total = force + new_force
-    return 0.25 * step_size * dot(force - new_force, total) - 0.5 * dot(move, total)
+    return 0.25 * step_size * inner(force - new_force, total) - 0.5 * inner(move, total)

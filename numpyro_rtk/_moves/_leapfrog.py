@@ -80,8 +80,10 @@ class PathPoint(NamedTuple):
     """Scores of the leaves whose log density is known only by its gradient; same shapes, perhaps fewer
     keys.
     """
-    potential: Scalar
-    """The rest of the negative log density."""
+    potential: Array
+    """The rest of the negative log density: a scalar, or by element where `leapfrog` is given their inner
+    product.
+    """
     gradient: Leaves
     """Its gradient by all leaves."""
     extra: Any = ()
@@ -121,6 +123,8 @@ class Trajectory(NamedTuple):
     """Whether the path was too coarse to know its energy error: the corrections reached `MAX_CORRECTION`."""
     num_evaluations: Count
     """Evaluations made: the number of steps, fewer if the trajectory diverged or is unresolved."""
+    num_steps: Count
+    """Steps until it ended, diverged or was unresolved: by element, where there are several."""
 
     def tuning_prob(self, accept_prob: Scalar, impossible: Flag) -> Scalar:
         """Acceptance probability as the adaptation of step sizes sees it.
@@ -133,7 +137,7 @@ class Trajectory(NamedTuple):
             impossible: Whether it ended where the likelihood is zero and the network finite.
         """
         inside = jnp.exp(jnp.minimum(-self.error_inside, 0.0))
-        return jnp.where(impossible & (self.num_evaluations > 1), inside, accept_prob)
+        return jnp.where(impossible & (self.num_steps > 1), inside, accept_prob)
 
 
 def evaluation(score_fn: Callable[[Leaves], Leaves], potential_fn: Callable[[Leaves], Scalar]) -> Evaluate:
@@ -160,6 +164,7 @@ def leapfrog(
     num_steps: Any,
     *,
     order: Order = 4,
+    inner: Callable[[Array, Array], Array] = dot,
 ) -> Trajectory:
     """Follow Hamiltonian dynamics by leapfrog steps, one evaluation each; stops early only where it will be
     rejected.
@@ -173,6 +178,9 @@ def leapfrog(
         num_steps: Number of steps, at least 1; may be traced. Under `vmap` all lanes run as long as the
             longest.
         order: Order of the line integral of the scores: 4, or 2 for the plain trapezoid rule; see the module.
+        inner: Inner product of two leaves. One by element makes every element a trajectory of its own, with
+            an energy error of its own, where potential and velocity are of elements, too; all take as many
+            steps as the longest.
 
     Returns:
         The end point with all that the next trajectory needs. Its energy error is antisymmetric, to rounding,
@@ -182,8 +190,8 @@ def leapfrog(
         raise ValueError(f"`order` must be 2 or 4, got {order!r}.")
     scored = tuple(point.score)
     dtype = jnp.result_type(point.potential, *point.position.values())
-    start, kinetic_start = point, _half_dot(momentum, velocity(momentum)).astype(dtype)
-    zero = jnp.zeros((), dtype)
+    start, kinetic_start = point, _half_dot(momentum, velocity(momentum), inner).astype(dtype)
+    zero = jnp.zeros(kinetic_start.shape, dtype)
     no_step = {name: jnp.zeros_like(point.position[name]) for name in scored}
 
     def step(carry: _Path) -> _Path:
@@ -191,14 +199,17 @@ def leapfrog(
         middle = _add(carry.momentum, 0.5 * step_size, old.force)
         new = evaluate(_add(old.position, step_size, velocity(middle)))
         momentum = _add(middle, 0.5 * step_size, new.force)
-        kinetic = _half_dot(momentum, velocity(momentum)).astype(dtype)
+        active = _active(carry)
+        kinetic = _half_dot(momentum, velocity(momentum), inner).astype(dtype)
         dx = {name: new.position[name] - old.position[name] for name in scored}
         dg = {name: new.score[name] - old.score[name] for name in scored}
-        chord = sum((dot(0.5 * (new.score[name] + old.score[name]), dx[name]) for name in scored), start=zero)
+        chord = sum(
+            (inner(0.5 * (new.score[name] + old.score[name]), dx[name]) for name in scored), start=zero
+        )
         chords = carry.chords + chord
         # The wedge with the step before; there is none before the first step.
         wedge = sum(
-            (dot(dg[name], carry.dx[name]) - dot(carry.dg[name], dx[name]) for name in scored), start=zero
+            (inner(dg[name], carry.dx[name]) - inner(carry.dg[name], dx[name]) for name in scored), start=zero
         )
         error = (kinetic - kinetic_start) + (new.potential - start.potential) - chords
         # The spread, not the largest error: it is the same on the way back, so that stopping is reversible.
@@ -212,17 +223,18 @@ def leapfrog(
             wedges=carry.wedges + wedge,
             first_wedge=jnp.where(carry.num_steps == 1, wedge, carry.first_wedge),
             last_wedge=wedge,
-            correction=carry.correction + jnp.abs(wedge) / 12,
-            error_inside=jnp.where(jnp.isfinite(error), error, carry.error_inside),
+            correction=carry.correction + jnp.where(active, jnp.abs(wedge) / 12, 0.0),
+            error_inside=jnp.where(active & jnp.isfinite(error), error, carry.error_inside),
             dx=dx,
             dg=dg,
             low=low,
             high=high,
-            diverging=~(high - low <= MAX_ENERGY_RANGE),  # NaN diverges
+            diverging=carry.diverging | (active & ~(high - low <= MAX_ENERGY_RANGE)),  # NaN diverges
+            num_inside=carry.num_inside + active,
         )
 
     path = jax.lax.while_loop(
-        lambda carry: (carry.num_steps < num_steps) & ~carry.diverging & (carry.correction <= MAX_CORRECTION),
+        lambda carry: (carry.num_steps < num_steps) & jnp.any(_active(carry)),
         step,
         _Path(
             num_steps=jnp.zeros((), int),
@@ -239,7 +251,8 @@ def leapfrog(
             dg=no_step,
             low=zero,
             high=zero,
-            diverging=jnp.zeros((), bool),
+            diverging=jnp.zeros(zero.shape, bool),
+            num_inside=jnp.zeros(zero.shape, int),
         ),
     )
     line_integral = path.chords
@@ -259,6 +272,7 @@ def leapfrog(
         diverging=diverging,
         unresolved=unresolved,
         num_evaluations=path.num_steps,
+        num_steps=path.num_inside,
     )
 
 
@@ -280,11 +294,17 @@ class _Path(NamedTuple):
     low: Scalar
     high: Scalar
     diverging: Flag
+    num_inside: Count
+
+
+def _active(path: _Path) -> Flag:
+    """Whether the trajectory may still be accepted."""
+    return ~path.diverging & (path.correction <= MAX_CORRECTION)
 
 
 def _add(x: Leaves, scale: Any, y: Leaves) -> Leaves:
     return {name: x[name] + jnp.asarray(scale, x[name].dtype) * y[name] for name in x}
 
 
-def _half_dot(x: Leaves, y: Leaves) -> Scalar:
-    return 0.5 * jax.tree.reduce(jnp.add, {name: dot(x[name], y[name]) for name in x})
+def _half_dot(x: Leaves, y: Leaves, inner: Callable[[Array, Array], Array]) -> Array:
+    return 0.5 * jax.tree.reduce(jnp.add, {name: inner(x[name], y[name]) for name in x})

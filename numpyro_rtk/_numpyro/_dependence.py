@@ -51,7 +51,7 @@ def _through_equation(equation: Any, taken: list[Names]) -> list[Names]:
         return [everything] * len(equation.outvars)
     name, num_results = equation.primitive.name, len(equation.outvars)
     if name == "scan":
-        num_consts, num_carry, num_slices = _scan_sizes(params, len(taken))
+        num_consts, num_carry, num_slices = scan_sizes(params, len(taken))
         if num_consts + num_carry + num_slices == len(taken):
             return _through_loop(params["jaxpr"].jaxpr, taken, num_consts, num_carry)
         return [everything] * num_results
@@ -73,7 +73,7 @@ def _through_equation(equation: Any, taken: list[Names]) -> list[Names]:
     return [everything] * num_results
 
 
-def _scan_sizes(params: dict[str, Any], num_taken: int) -> tuple[int, int, int]:
+def scan_sizes(params: dict[str, Any], num_taken: int) -> tuple[int, int, int]:
     """Numbers of constants, of values carried and of values sliced, as older and newer JAX write them."""
     if "num_consts" in params:
         num_consts, num_carry = params["num_consts"], params["num_carry"]

@@ -20,6 +20,7 @@ from numpyro_rtk._numpyro._collapse import warn_collapsed
 from numpyro_rtk._numpyro._likelihood import Likelihood
 from numpyro_rtk._numpyro._particle_gibbs_chain import Chain, DEFAULT_STATISTICS, ParticleGibbsState
 from numpyro_rtk._numpyro._particle_gibbs_options import check_options, Chosen, describe, Options
+from numpyro_rtk._numpyro._partition import Partition
 from numpyro_rtk._numpyro._problem import (
     draw_and_probe,
     first_calls,
@@ -48,7 +49,7 @@ from numpyro_rtk._reverse._base import AbstractInnerKernel
 from numpyro_rtk._score._checks import check_first_call
 from numpyro_rtk._smc._local import AbstractLocalMove
 from numpyro_rtk._smc._posterior import Floor
-from numpyro_rtk._smc._twist import AbstractTwist, num_residuals
+from numpyro_rtk._smc._twist import AbstractTwist, log_likelihood, most_observations, num_residuals
 from numpyro_rtk._user import arviz_asks
 
 
@@ -250,8 +251,8 @@ class RTKParticleGibbs(MCMCKernel):
         shared = shared._replace(restarts=jnp.asarray(not given))
 
         def start(keys: Any, given: Any, seen: Any, args: Any, kwargs: Any) -> Any:
-            shared, floor = seen
-            inner = self._problem(None, args, kwargs, dtype)
+            shared, floor, partition = seen
+            inner = self._problem(None, args, kwargs, dtype, partition)
             chain = Chain(inner.options, inner, shared)
             self._chosen = chain.chosen  # for `repr` only
 
@@ -261,7 +262,7 @@ class RTKParticleGibbs(MCMCKernel):
             return inner.options.over_chains(one, (keys, given)) if batched else one((keys, given))
 
         name = f"start {batched} {num_warmup} {dtype}"
-        seen = (shared, floor)
+        seen = (shared, floor, problem.partition)
         state = self._program(name, start, rng_key, given, seen, args, kwargs)
         state = state._replace(shared=shared)
 
@@ -294,10 +295,11 @@ class RTKParticleGibbs(MCMCKernel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         dtype: Any,
+        partition: Partition | None = None,
     ) -> Problem:
         if sites is None:
             sites = latent_diffusion_sites(conditioned(self._model), jr.key(0), args, kwargs)
-        return resolve_problem(self._options, self._model, sites, args, kwargs, dtype)
+        return resolve_problem(self._options, self._model, sites, args, kwargs, dtype, partition)
 
     def _measure(
         self, problem: Problem, num_warmup: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -307,15 +309,16 @@ class RTKParticleGibbs(MCMCKernel):
         And what stands for an impossible likelihood.
         """
         options, dtype, arrays = problem.options, problem.dtype, problem.scores.arrays
+        given = (args, kwargs, dtype, problem.partition)  # found once: only here arguments have values
 
-        def probe(arrays: Any, args: Any, kwargs: Any) -> Any:
-            return draw_and_probe(self._problem(None, args, kwargs, dtype), arrays)
+        def probe(arrays: Any, given: Any) -> Any:
+            return draw_and_probe(self._problem(None, *given), arrays)
 
-        def first(arrays: Any, args: Any, kwargs: Any) -> Any:
-            return first_calls(self._problem(None, args, kwargs, dtype), arrays)
+        def first(arrays: Any, given: Any) -> Any:
+            return first_calls(self._problem(None, *given), arrays)
 
-        def pilot(draws: Any, grids: Any, arrays: Any, args: Any, kwargs: Any) -> Any:
-            inner = self._problem(None, args, kwargs, dtype)
+        def pilot(draws: Any, grids: Any, arrays: Any, given: Any) -> Any:
+            inner = self._problem(None, *given)
             flat = flatten_draws(inner, draws)
             return (
                 run_pilots(inner, draws, grids, arrays),
@@ -323,30 +326,30 @@ class RTKParticleGibbs(MCMCKernel):
                 jnp.mean(flat, axis=0),
             )
 
-        called = self._program(f"first {dtype}", first, arrays, args, kwargs)
+        called = self._program("first", first, arrays, given)
         for one, grid in zip(called, initial_grids(problem), strict=True):
             check_first_call(one, grid)
-        seen = self._program(f"probe {dtype}", probe, arrays, args, kwargs)
+        seen = self._program("probe", probe, arrays, given)
         draws, grids = [one[0] for one in seen], place(problem, seen)
-        pilots, terms, center = self._program(f"pilot {dtype}", pilot, draws, grids, arrays, args, kwargs)
+        pilots, terms, center = self._program("pilot", pilot, draws, grids, arrays, given)
 
         def fly(i: int, *inputs: Any) -> Any:
-            def trips(grid: Any, curvature: Any, arrays: Any, inputs: Any, args: Any, kwargs: Any) -> Any:
-                inner = self._problem(None, args, kwargs, dtype)
-                return fly_site(inner, i, grid, curvature, arrays, inputs)
+            def trips(grid: Any, curvature: Any, arrays: Any, inputs: Any, given: Any) -> Any:
+                return fly_site(self._problem(None, *given), i, grid, curvature, arrays, inputs)
 
-            seen = (grids[i], pilots[i].curvature[1:], arrays, inputs, args, kwargs)
-            return self._program(f"trips {i} {dtype}", trips, *seen)
+            return self._program(
+                f"trips {i}", trips, grids[i], pilots[i].curvature[1:], arrays, inputs, given
+            )
 
         check_scores(problem, draws, grids, pilots, fly)
-        num_observations = terms.whitened.shape[1]
+        num_observations = most_observations(problem.elements, terms.whitened.shape[1])
         check_twist(options.twist, num_observations)
-        check_likelihood(terms.log_likelihood)
+        check_likelihood(log_likelihood(terms, problem.elements))
         kept = num_residuals(num_observations, options.num_pilot_draws)
         measured = measured_of(seen, grids, pilots, kept)
         zero, length, restarts = jnp.zeros((), int), jnp.asarray(num_warmup, int), jnp.ones((), bool)
         shared = Shared(problem.scores, measured, center, zero, length, restarts)
-        return shared, Floor.of(terms)
+        return shared, Floor.of(terms, problem.elements)
 
     def sample(
         self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None

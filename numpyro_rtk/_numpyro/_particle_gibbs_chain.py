@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float
 
-from numpyro_rtk._moves._accept import select
 from numpyro_rtk._numpyro._particle_gibbs_options import Chosen, Options
 from numpyro_rtk._numpyro._problem import Problem, Shared
 from numpyro_rtk._numpyro._states import lists_fields
@@ -50,18 +49,20 @@ class ParticleGibbsState(NamedTuple):
     local_accept_prob: Float[Array, ""]
     """Mean acceptance probability of the local moves."""
     particle_ess: Float[Array, " levels"]
-    """Effective sample size of the particles' weights at each level, from 1 to `num_particles`."""
+    """Effective sample size of the particles' weights at each level, from 1 to `num_particles`; mean over
+    elements."""
     weighted: Bool[Array, " levels"]
     """Levels at which the sweep weighed its particles."""
     visited: Bool[Array, " segments"]
     """Segments that the sweep went through."""
-    changed: Bool[Array, ""]
-    """Whether the sweep left the pinned path."""
+    changed: Float[Array, ""]
+    """Share of the elements in which the sweep left the pinned path: 0 or 1 where there is one."""
     depth: Array
     """Levels refreshed, 1 to the number of levels (a full sweep); 0 in an iteration without a sweep."""
     log_evidence: Float[Array, ""] | None
-    """Estimate of the log evidence from the unconditional sweep at the start; constant over the run. `None`
-    in a composite, where it would be given arbitrary values of the other latents."""
+    """Estimate of the log evidence from the unconditional sweep at the start, the sum over elements; constant
+    over the run. Low by half its variance. `None` in a composite, where it would be given arbitrary values of
+    the other latents."""
     diverging: Bool[Array, ""]
     """Whether something non-finite was met, or no particle had any weight."""
     unresolved: Bool[Array, ""]
@@ -107,12 +108,17 @@ class Chain(NamedTuple):
     def chosen(self) -> Chosen:
         """What the options came to for the model."""
         options, problem = self.options, self.problem
-        zero = jnp.zeros((), problem.dtype)
+        zero = jnp.zeros(problem.elements.shape, problem.dtype)
         posterior = self.posterior(initial_log_beta(self._pilots), Floor(zero, zero))
         count = full_sweep_evaluations(posterior, options.num_particles, options.num_guided_steps)
         count += 1 + (0 if options.local is None else options.local.num_evaluations(posterior))
         return Chosen(
-            options, problem.kernel, problem.num_levels, problem.jacobian, count * problem.num_events
+            options,
+            problem.kernel,
+            problem.num_levels,
+            problem.jacobian,
+            problem.elements.count,
+            count * problem.num_events,
         )
 
     @property
@@ -142,7 +148,10 @@ class Chain(NamedTuple):
             sweep, (log_beta, initial.guided_step_size), inputs
         )
         info = jax.tree.map(lambda leaf: leaf[1], infos)
-        x = xs[choose_sweep(choose_key, xs, log_twists, infos.log_evidence)]
+        elements = posterior.elements
+        finite = jax.vmap(elements.all_finite)(xs)
+        chosen = elements.each(choose_sweep, finite, log_twists, infos.log_evidence, key=choose_key)
+        x = xs[elements.spread(chosen), jnp.arange(posterior.dim)]
         num_levels, dtype = posterior.num_levels, posterior.dtype
         scalar, segments, no = jnp.zeros((), dtype), jnp.zeros(num_levels - 1, dtype), jnp.zeros((), bool)
         num_depths = len(self.options.depths(num_levels))
@@ -156,9 +165,9 @@ class Chain(NamedTuple):
             particle_ess=info.particle_ess,
             weighted=jnp.ones(num_levels, bool),
             visited=jnp.ones(num_levels - 1, bool),
-            changed=no,
+            changed=scalar,
             depth=jnp.asarray(num_levels, int),
-            log_evidence=info.log_evidence,
+            log_evidence=jnp.sum(info.log_evidence),
             diverging=no,
             unresolved=no,
             num_score_evals=jnp.zeros((), int),
@@ -215,7 +224,7 @@ class Chain(NamedTuple):
             particle_ess=info.particle_ess,
             weighted=info.weighted,
             visited=info.visited,
-            changed=info.changed,
+            changed=jnp.mean(info.changed, dtype=posterior.dtype),
             depth=depth,
             diverging=info.diverging | local.diverging,
             unresolved=local.unresolved,
@@ -230,20 +239,22 @@ class Chain(NamedTuple):
         adapt = state.adapt_state
         posterior = self.posterior(adapt.log_beta, adapt.floor)
         point, info = self._unconditional(sweep_key, posterior, adapt.tuning, jnp.ones((), bool))
-        usable = (point.log_twist > -jnp.inf) & jnp.all(jnp.isfinite(point.x))
+        elements = posterior.elements
+        usable = (point.log_twist > -jnp.inf) & elements.all_finite(point.x)
+        x = jnp.where(elements.spread(usable), point.x, self.problem.flatten(state.z))
         evaluations = unconditional_evaluations(
             posterior, self.options.num_particles, self.options.start_steps
         )
         return state._replace(
-            z=select(usable, self.problem.unflatten(point.x), state.z),
+            z=self.problem.unflatten(x),
             segment_accept_prob=jnp.zeros_like(state.segment_accept_prob),
             guided_accept_prob=jnp.zeros_like(state.guided_accept_prob),
             particle_ess=info.particle_ess,
             weighted=jnp.ones_like(state.weighted),
             visited=jnp.zeros_like(state.visited),
-            changed=usable,
+            changed=jnp.mean(usable, dtype=posterior.dtype),
             depth=jnp.full_like(state.depth, posterior.num_levels),
-            diverging=~usable,
+            diverging=~jnp.all(usable),
             unresolved=jnp.zeros_like(state.unresolved),
             num_score_evals=jnp.full_like(state.num_score_evals, evaluations * self.problem.num_events),
             adapt_state=self.tuner(posterior).restart(adapt, info),
@@ -261,7 +272,7 @@ def _initial_tuning(posterior: Posterior) -> SweepTuning:
         for law in posterior.sites
     ]
     reverse = jnp.minimum(jnp.stack(by_site, axis=1), kernel.largest_step_size)
-    guided = 0.5 * max_step_size(posterior) * posterior.dim ** (-1 / 3)
+    guided = 0.5 * max_step_size(posterior) * posterior.element_dim ** (-1 / 3)
     return SweepTuning(reverse, jnp.full(num_levels - 1, guided, posterior.dtype))
 
 

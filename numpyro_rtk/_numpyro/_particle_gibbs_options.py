@@ -83,25 +83,28 @@ class Options(NamedTuple):
         """The depths that warmup chooses among, in levels."""
         return tuple(sorted({max(1, round(fraction * num_levels)) for fraction in self.refresh_depths}))
 
-    def kernel_for(self, sites: tuple[DiffusionSite, ...]) -> AbstractInnerKernel:
-        """The reverse kernel that was given, or the default for these sites."""
+    def kernel_for(self, sites: tuple[DiffusionSite, ...], num_elements: int) -> AbstractInnerKernel:
+        """The reverse kernel that was given, or the default for these sites in so many elements."""
         if self.reverse is not None:
             return self.reverse
         if all(has_energy(site.prior.score_fn) for site in sites):
             return PreconditionedMALA(energy_difference=ExactEnergy(), max_step_size=MAX_INNER_STEP_SIZE)
-        if _dim(sites) > MAX_MEAN_SLOPE_DIM:
+        if _dim(sites) / num_elements > MAX_MEAN_SLOPE_DIM:
             return PreconditionedMALA()
         # The cost of two steps with the trapezoid rule, and hardly any error in a prior of several modes.
         return PreconditionedMALA(num_steps=1, energy_difference=Simpson(), max_step_size=MAX_INNER_STEP_SIZE)
 
-    def resolved(self, sites: tuple[DiffusionSite, ...], num_observations: Callable[[], int]) -> "Options":
+    def resolved(
+        self, sites: tuple[DiffusionSite, ...], num_elements: int, num_observations: Callable[[], int]
+    ) -> "Options":
         """With what was not given chosen for a model.
 
         Args:
             sites: Its diffusion sites.
+            num_elements: Elements that they fall into.
             num_observations: Counts the observed numbers that depend on them.
         """
-        many, gradients = _dim(sites) > MANY_DIMENSIONS, False
+        many, gradients = _dim(sites) / num_elements > MANY_DIMENSIONS, False
         largest = max(math.prod(site.prior.event_shape) for site in sites)
         if many and self.local is not None and (self.num_particles is None or self.local == "default"):
             gradients = num_observations() >= INFORMATIVE_SHARE * _dim(sites)
@@ -113,9 +116,11 @@ class Options(NamedTuple):
             local=(LONG_LOCAL if gradients else LocalHMC()) if self.local == "default" else self.local,
         )
 
-    def jacobian_for(self, sites: tuple[DiffusionSite, ...]) -> bool:
+    def jacobian_for(self, sites: tuple[DiffusionSite, ...], num_elements: int) -> bool:
         """Whether guided moves go through the denoiser's Jacobian."""
-        return _dim(sites) > MAX_MEAN_SLOPE_DIM if self.guidance is None else self.guidance == "jacobian"
+        if self.guidance is None:
+            return _dim(sites) / num_elements > MAX_MEAN_SLOPE_DIM
+        return self.guidance == "jacobian"
 
     def restarts_at(self, iteration: Any, num_warmup: Any) -> Any:
         """Whether an iteration of the warmup draws the sites anew: 0, 1, 3, 7, ..., in its first half.
@@ -137,6 +142,8 @@ class Chosen(NamedTuple):
     """Noise levels."""
     jacobian: bool
     """Whether guided moves go through the denoiser's Jacobian."""
+    num_elements: int
+    """Elements that move apart."""
     most_evaluations: int
     """Score evaluations of an iteration with a full sweep, over all events of all sites."""
 
@@ -149,11 +156,12 @@ def describe(options: Options, chosen: Chosen | None) -> str:
         segments = f"{np.size(segments) - 1} given"
     reverse: Any = options.reverse
     guidance: Any = options.guidance
-    evaluations = ""
+    evaluations = elements = ""
     if chosen is not None:
         options = chosen.options
         segments = chosen.num_levels - 1 if options.segments is None else segments
         reverse, guidance = chosen.reverse, "jacobian" if chosen.jacobian else "mean"
+        elements = f", elements={chosen.num_elements}" if chosen.num_elements > 1 else ""
         evaluations = f", at most {chosen.most_evaluations} score evaluations an iteration"
     twist = "GaussianTwist(), tempered where not Gaussian" if options.twist is None else options.twist
     local = {"None": "none", "default": later}.get(str(options.local), options.local)
@@ -162,7 +170,7 @@ def describe(options: Options, chosen: Chosen | None) -> str:
     return (
         f"num_particles={particles}, segments={segments}, reverse={reverse or later}, "
         f"twist={twist}, num_guided_steps={options.num_guided_steps}, guidance={guidance or later}, "
-        f"sweep_prob={sweep_prob}, local={_shown(local)}{evaluations}"
+        f"sweep_prob={sweep_prob}, local={_shown(local)}{elements}{evaluations}"
     )
 
 

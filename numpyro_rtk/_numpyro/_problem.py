@@ -12,11 +12,13 @@ from jaxtyping import Array, Float
 from numpyro.infer.gibbs import conditioned
 
 from numpyro_rtk._diagnosis._round_trip import plan_trip, travel_all, Travellers
+from numpyro_rtk._moves._elements import Elements
 from numpyro_rtk._noising._grid import candidate_grid, chosen_grid, noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import resolve_levels
 from numpyro_rtk._numpyro._likelihood import Likelihood
 from numpyro_rtk._numpyro._particle_gibbs_options import DEFAULT_LEVEL_SEGMENTS, Options
+from numpyro_rtk._numpyro._partition import Partition
 from numpyro_rtk._numpyro._sites import DiffusionSite
 from numpyro_rtk._reverse._base import AbstractInnerKernel
 from numpyro_rtk._reverse._calibration import or_zero
@@ -71,6 +73,8 @@ class Problem(NamedTuple):
     """Score models of such arrays."""
     likelihood: Likelihood
     """Everything else in the model."""
+    partition: Partition
+    """Events of the sites that share no observation."""
     options: Options
     """Those of the kernel, with what was chosen for the model."""
     kernel: AbstractInnerKernel
@@ -79,6 +83,11 @@ class Problem(NamedTuple):
     """Whether guided moves go through the denoiser."""
     dtype: Any
     """Of the draws."""
+
+    @property
+    def elements(self) -> Elements:
+        """Coordinates of the flat vector that share no observation with others."""
+        return self.partition.elements
 
     @property
     def num_levels(self) -> int:
@@ -105,11 +114,7 @@ class Problem(NamedTuple):
 
     def terms(self, x: Array) -> Terms:
         """The likelihood of a flat vector, split for the twist."""
-        return self.likelihood.terms(self.unflatten(x))
-
-    def log_likelihood(self, x: Array) -> Array:
-        """The model's own log likelihood of a flat vector."""
-        return self.terms(x).log_likelihood
+        return self.likelihood.terms(self.unflatten(x), self.partition)
 
     def posterior(self, shared: Shared, log_beta: Array, floor: Floor) -> Posterior:
         """The level targets, for powers of the twists and what stands for an impossible likelihood."""
@@ -129,7 +134,7 @@ class Problem(NamedTuple):
                 self.sites, self.rebuild(arrays.arrays), shared.measured, strict=True
             )
         )
-        likelihoods = Likelihoods(self.terms, floor, shared.center)
+        likelihoods = Likelihoods(self.terms, floor, shared.center, self.elements)
         return Posterior(laws, likelihoods, self.kernel, log_beta, jacobian=self.jacobian)
 
 
@@ -140,8 +145,9 @@ def resolve_problem(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dtype: Any,
+    partition: Partition | None = None,
 ) -> Problem:
-    """Resolve a model whose sites are known.
+    """Resolve a model whose sites are known; and its partition, where it was found before.
 
     Raises:
         ValueError: if `segments` does not fit the priors.
@@ -149,7 +155,14 @@ def resolve_problem(
     likelihood = Likelihood(
         conditioned(model), args, kwargs, gaussian=options.twist is None or options.twist.gaussian
     )
-    options = options.resolved(sites, lambda: likelihood.num_observations(_structure(sites, dtype)))
+    if partition is None:
+        partition = likelihood.partition(
+            {site.name: (site.batch_shape, site.prior.event_shape) for site in sites}
+        )
+    num_elements = partition.elements.count
+    options = options.resolved(
+        sites, num_elements, lambda: likelihood.num_observations(_structure(sites, dtype))
+    )
     times = tuple(
         resolve_levels(site.prior.noise, options.segments, DEFAULT_LEVEL_SEGMENTS) for site in sites
     )
@@ -175,9 +188,10 @@ def resolve_problem(
         scores=HoistedArrays([one[0].arrays for one in found], fingerprint),
         rebuild=lambda arrays: [one[1](part) for one, part in zip(found, arrays, strict=True)],
         likelihood=likelihood,
+        partition=partition,
         options=options,
-        kernel=options.kernel_for(sites),
-        jacobian=options.jacobian_for(sites),
+        kernel=options.kernel_for(sites, num_elements),
+        jacobian=options.jacobian_for(sites, num_elements),
         dtype=dtype,
     )
 

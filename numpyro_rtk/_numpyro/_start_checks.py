@@ -82,18 +82,22 @@ def check_twist(twist: AbstractTwist | None, num_observations: int) -> None:
 
 
 def check_likelihood(log_likelihood: Any) -> None:
-    """Raise if the likelihood is impossible at every prior draw, or NaN; silent under a trace."""
+    """Raise if the likelihood of an element is impossible at every prior draw, or NaN; silent under a trace.
+
+    Args:
+        log_likelihood: Shape `(draws, *elements)`.
+    """
     if isinstance(log_likelihood, Tracer):
         return
     total = np.asarray(log_likelihood)
-    if np.all(np.isnan(total)):
+    if np.any(np.all(np.isnan(total), axis=0)):
         raise ValueError(
             "The log likelihood is NaN at every one of the prior draws tried. Check the observations and the "
             "parameters of their laws."
         )
-    if not np.any(total > -np.inf):
+    if not np.all(np.any(total > -np.inf, axis=0)):
         raise ValueError(
-            f"The log likelihood is -inf at all {total.size} prior draws tried: the data are impossible "
+            f"The log likelihood is -inf at all {total.shape[0]} prior draws tried: the data are impossible "
             "under the model there. Check the supports of the observed sites, and transforms (a rate must be "
             "positive: `exp`, `softplus`)."
         )

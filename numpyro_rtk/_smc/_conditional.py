@@ -29,7 +29,7 @@ from numpyro_rtk._smc._moves import (
     reverse,
     terminal,
 )
-from numpyro_rtk._smc._point import MoveInfo, Point
+from numpyro_rtk._smc._point import MoveInfo, Point, take_points
 from numpyro_rtk._smc._posterior import Posterior
 from numpyro_rtk._smc._resampling import conditional_systematic, forced_move, particle_ess, pinned_weights
 
@@ -47,7 +47,7 @@ class SweepInfo(NamedTuple):
     """What a sweep reports; levels and segments that it did not visit have zeros."""
 
     particle_ess: Float[Array, " levels"]
-    """Effective sample size of the particles' weights, from 1 to their number."""
+    """Effective sample size of the particles' weights, from 1 to their number; mean over elements."""
     weighted: Bool[Array, " levels"]
     """Levels at which the sweep weighed its particles."""
     visited: Bool[Array, " segments"]
@@ -56,10 +56,10 @@ class SweepInfo(NamedTuple):
     """Mean acceptance probability of the reverse kernel."""
     guided_accept_prob: Float[Array, " segments"]
     """That of the guided moves at the start of each segment."""
-    changed: Flag
-    """Whether another particle than the pinned one was chosen."""
+    changed: Array
+    """Whether another particle than the pinned one was chosen, by element."""
     diverging: Flag
-    """Whether something non-finite was met, or no particle had any weight."""
+    """Whether something non-finite was met, or no particle of an element had any weight."""
 
 
 class _Climb(NamedTuple):
@@ -81,7 +81,7 @@ class _Descent(NamedTuple):
     level: Count
     points: Point
     log_weights: Array
-    pinned: Scalar
+    pinned: Array
     particle_ess: Float[Array, " levels"]
     accept_prob: Float[Array, " segments"]
     guided_accept_prob: Float[Array, " levels"]
@@ -103,7 +103,8 @@ def _joined(one: Point, many: Point) -> Point:
 
 
 def _empty(posterior: Posterior, size: int) -> Point:
-    vector, scalar = jnp.zeros((size, posterior.dim), posterior.dtype), jnp.zeros(size, posterior.dtype)
+    vector = jnp.zeros((size, posterior.dim), posterior.dtype)
+    scalar = jnp.zeros((size, *posterior.elements.shape), posterior.dtype)
     return Point(vector, vector, scalar, scalar, vector, scalar)
 
 
@@ -141,6 +142,7 @@ def conditional_sweep(
     first = jnp.maximum(shared, 0)
     up_keys, down_keys = jr.split(up_key, num_levels), jr.split(down_key, num_levels)
     zeros, no = jnp.zeros(num_levels, posterior.dtype), jnp.zeros((), bool)
+    elements = posterior.elements
 
     def guided(key: RandomKey, level: Count, point: Point, mass: Preconditioner) -> tuple[Point, MoveInfo]:
         step_size = tuning.guided_step_size[level]
@@ -182,17 +184,17 @@ def conditional_sweep(
         here = at(arrive, level)
         points = jax.tree.map(lambda one, many: jnp.where(starts, one[None], many), here, carry.points)
         log_weights = jnp.where(starts, 0.0, jnp.concatenate([carry.pinned[None], carry.log_weights]))
-        weights, lost = pinned_weights(log_weights)
-        ancestors = conditional_systematic(resample_key, weights)[1:]
-        points = posterior.prepared(level, at(_joined(here, points), ancestors))
+        weights, lost = elements.each(pinned_weights, log_weights)
+        ancestors = elements.each(conditional_systematic, weights, key=resample_key)[1:]
+        points = posterior.prepared(level, take_points(elements, _joined(here, points), ancestors))
         mass = preconditioner(posterior, level)
         move = jax.vmap(lambda key, point: guided(key, level, point, mass))
         points, moved = move(jr.split(move_key, num_free), points)
         step_size = tuning.reverse_step_size[level]
         down = jax.vmap(lambda key, point: reverse(key, posterior, level, point, step_size))
         new, info = down(jr.split(reverse_key, num_free), points)
-        broken = lost | jnp.any(info.diverging) | jnp.any(moved.diverging)
-        ess = jnp.where(active & ~starts, particle_ess(log_weights), 0.0)
+        broken = jnp.any(lost) | jnp.any(info.diverging) | jnp.any(moved.diverging)
+        ess = jnp.where(active & ~starts, mean_ess(posterior, log_weights), 0.0)
         return _Descent(
             level=level + 1,
             points=new,
@@ -212,19 +214,19 @@ def conditional_sweep(
     down = jax.lax.while_loop(lambda carry: carry.level < last, descend, carry)
 
     log_weights = jnp.concatenate([down.pinned[None], down.log_weights])
-    weights, lost = pinned_weights(log_weights)
+    weights, lost = elements.each(pinned_weights, log_weights)
     swept = depth > 0
-    chosen = jnp.where(swept, forced_move(choose_key, weights), 0)
+    chosen = jnp.where(swept, elements.each(forced_move, weights, key=choose_key), 0)
     share = num_free / num_particles
     weighted, visited = visits(posterior, depth)
-    return at(_joined(point, down.points), chosen), SweepInfo(
-        particle_ess=down.particle_ess.at[last].set(jnp.where(swept, particle_ess(log_weights), 0.0)),
+    return take_points(elements, _joined(point, down.points), chosen), SweepInfo(
+        particle_ess=down.particle_ess.at[last].set(jnp.where(swept, mean_ess(posterior, log_weights), 0.0)),
         weighted=weighted,
         visited=visited,
         accept_prob=down.accept_prob,
         guided_accept_prob=(share * down.guided_accept_prob + (1 - share) * path.accept_prob)[:-1],
         changed=chosen != 0,
-        diverging=down.diverging | swept & lost,
+        diverging=down.diverging | swept & jnp.any(lost),
     )
 
 
@@ -253,7 +255,13 @@ def no_sweep(posterior: Posterior) -> SweepInfo:
     """What an iteration without a sweep reports."""
     zeros, no = jnp.zeros(posterior.num_levels, posterior.dtype), jnp.zeros((), bool)
     weighted, visited = visits(posterior, jnp.zeros((), int))
-    return SweepInfo(zeros, weighted, visited, zeros[1:], zeros[1:], no, no)
+    changed = jnp.zeros(posterior.elements.shape, bool)
+    return SweepInfo(zeros, weighted, visited, zeros[1:], zeros[1:], changed, no)
+
+
+def mean_ess(posterior: Posterior, log_weights: Array) -> Scalar:
+    """Effective sample size of the particles' weights, `(particles, *elements)`, mean over elements."""
+    return jnp.mean(posterior.elements.each(particle_ess, log_weights))
 
 
 def weight_difference(new: Array, old: Array) -> Array:

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
-from numpyro_rtk._custom_types import Count, Flag, RandomKey, Scalar
-from numpyro_rtk._moves._accept import all_finite, MAX_ENERGY_DROP, metropolis, select
+from numpyro_rtk._custom_types import Count, RandomKey, Scalar
+from numpyro_rtk._moves._accept import MAX_ENERGY_DROP, metropolis
+from numpyro_rtk._moves._elements import Elements
 from numpyro_rtk._moves._langevin import langevin_move, log_langevin_ratio
 from numpyro_rtk._moves._leapfrog import leapfrog, PathPoint, unit_velocity
-from numpyro_rtk._moves._preconditioner import Preconditioner
+from numpyro_rtk._moves._preconditioner import Preconditioner, preconditioner_of
 from numpyro_rtk._reverse._base import first_entry, SegmentTuning
 from numpyro_rtk._reverse._markov import AbstractMarkovKernel
 from numpyro_rtk._reverse._segment import ReverseTransition
-from numpyro_rtk._smc._point import MoveInfo, Point, SiteLaw, TransitionInfo
+from numpyro_rtk._smc._point import MoveInfo, Point, select_point, SiteLaw, TransitionInfo
 from numpyro_rtk._smc._posterior import Posterior
 from numpyro_rtk._smc._twist import linearize_twist
 
@@ -62,7 +63,9 @@ def reverse(
     """
     keys = jr.split(key, len(posterior.sites))
     xs, scores = [], []
-    accept, diverging, failed = jnp.zeros((), posterior.dtype), jnp.zeros((), bool), jnp.zeros((), bool)
+    elements = posterior.elements
+    accept, diverging = jnp.zeros((), posterior.dtype), jnp.zeros((), bool)
+    failed = jnp.zeros(elements.shape, bool)
     states = zip(keys, posterior.sites, posterior.events(point.x), posterior.events(point.score), strict=True)
     for i, (key, site, x, score) in enumerate(states):
         segment = site.grid.segment(level)
@@ -84,15 +87,15 @@ def reverse(
         scores.append(result.score)
         accept += jnp.mean(result.accept_prob) / len(posterior.sites)
         diverging |= jnp.any(result.diverging)
-        failed |= jnp.any(result.failed)
+        failed |= elements.any_event(i, result.failed)
     x = posterior.flat(xs)
-    known = posterior.flat(scores), jnp.zeros((), posterior.dtype)
+    known = posterior.flat(scores), jnp.zeros(elements.shape, posterior.dtype)
     if not _hands_back_score(posterior):
         known = posterior.scores(level + 1, x)
     new = posterior.with_twist(level + 1, x, *known)
-    unusable = failed | ~all_finite(new.x, new.score, new.energy)
+    unusable = failed | ~_network_finite(elements, new)
     new = new._replace(log_twist=jnp.where(unusable, -jnp.inf, new.log_twist))
-    return new, TransitionInfo(accept, diverging | unusable)
+    return new, TransitionInfo(accept, diverging | jnp.any(unusable))
 
 
 def _hands_back_score(posterior: Posterior) -> bool:
@@ -108,20 +111,15 @@ def evaluations_per_reverse(posterior: Posterior) -> int:
 def preconditioner(posterior: Posterior, level: Count) -> Preconditioner:
     """Mass of the gradient moves at a level: curvature of the prior, and of the linearised twist."""
     slope, likelihoods = posterior.denoiser_slope[level], posterior.likelihoods
-    linear = linearize_twist(likelihoods.terms, likelihoods.center, posterior.error(level), posterior.blocks)
+    linear = linearize_twist(
+        likelihoods.terms, likelihoods.center, posterior.error(level), posterior.blocks, posterior.elements
+    )
     # Where the likelihood is impossible at the centre, moves know the curvature of the prior alone.
-    linear = jax.tree.map(lambda part: jnp.where(jnp.all(jnp.isfinite(part)), part, 0.0), linear)
+    elements = posterior.elements
+    finite = elements.spread(elements.all_finite(linear.diagonal, *linear.jacobian))
+    linear = jax.tree.map(lambda part: jnp.where(jnp.broadcast_to(finite, part.shape), part, 0.0), linear)
     scale = 1 / jnp.sqrt(posterior.curvature[level] + slope**2 * linear.diagonal)
-    rows = linear.jacobian * (slope * scale)[None]
-    if rows.shape[0] == 0:
-        return Preconditioner(scale, rows, jnp.zeros(0, posterior.dtype))
-    # (I + V^T V)^(-1/2) = I + sum_k ((1 + s_k^2)^(-1/2) - 1) w_k w_k^T over singular vectors of V.
-    values, vectors = jnp.linalg.eigh(rows @ rows.T)
-    values = jnp.maximum(values, 0.0)
-    norms = jnp.sqrt(jnp.maximum(values, 1e-12))
-    basis = (vectors.T @ rows) / norms[:, None]
-    gain = jnp.where(values > 1e-10, 1 / jnp.sqrt(1 + values) - 1, 0.0)
-    return Preconditioner(scale, basis, gain)
+    return preconditioner_of(scale, linear.jacobian * (slope * scale)[None], elements)
 
 
 def mala(
@@ -147,19 +145,23 @@ def mala(
     else:
         prior_difference = posterior.log_prior_difference(point, proposal)
     log_ratio = prior_difference + proposal.log_twist - point.log_twist
-    log_ratio += log_langevin_ratio(move, force, new_force, step_size)
+    log_ratio += log_langevin_ratio(move, force, new_force, step_size, posterior.elements.dot)
     accept, accept_prob, diverging = metropolis(
-        accept_key, log_ratio, _network_finite(proposal), possible=_possible(point, proposal)
+        accept_key,
+        log_ratio,
+        _network_finite(posterior.elements, proposal),
+        possible=_possible(point, proposal),
     )
-    no, count = jnp.zeros((), bool), jnp.asarray(posterior.evaluations_per_mala_step)
-    return select(accept, proposal, point), MoveInfo(accept_prob, accept_prob, diverging, no, count)
+    no, count = jnp.zeros_like(accept), jnp.asarray(posterior.evaluations_per_mala_step)
+    info = MoveInfo(accept_prob, accept_prob, diverging, no, count)
+    return select_point(posterior.elements, accept, proposal, point), info
 
 
-def _network_finite(point: Point) -> Flag:
-    return all_finite(point.x, point.score, point.energy)
+def _network_finite(elements: Elements, point: Point) -> Array:
+    return elements.all_finite(point.x, point.score) & jnp.isfinite(point.energy)
 
 
-def _possible(here: Point, there: Point) -> Flag:
+def _possible(here: Point, there: Point) -> Array:
     """Whether a proposal has a likelihood to speak of; where it has none its gradient may overflow."""
     return there.log_twist > here.log_twist - MAX_ENERGY_DROP
 
@@ -190,11 +192,12 @@ def no_move(posterior: Posterior) -> MoveInfo:
 
 
 def _together(result: tuple[Point, MoveInfo]) -> tuple[Point, MoveInfo]:
-    """Several moves, reported as one."""
+    """Several moves of all elements, reported as one."""
     point, info = result
+    resolved = ~jnp.any(info.unresolved, axis=0)
     return point, MoveInfo(
         jnp.mean(info.accept_prob),
-        jnp.mean(info.tuning_prob),
+        jnp.mean(jnp.where(resolved, jnp.mean(info.tuning_prob, axis=0), 0.0)),
         jnp.any(info.diverging),
         jnp.any(info.unresolved),
         jnp.sum(info.num_evaluations),
@@ -231,16 +234,17 @@ def hmc(
         return on_path(position, posterior.at_data(point.x + mass.apply(position["u"])))
 
     start = on_path({"u": jnp.zeros_like(point.x)}, point)
-    end = leapfrog(evaluate, unit_velocity, start, momentum, epsilon, num_steps)
+    inner = posterior.elements.dot
+    end = leapfrog(evaluate, unit_velocity, start, momentum, epsilon, num_steps, inner=inner)
     new: Point = end.point.extra
-    possible = _possible(point, new)
+    possible, finite = _possible(point, new), _network_finite(posterior.elements, new)
     accept, accept_prob, diverging = metropolis(
-        accept_key, -end.energy_error, _network_finite(new), possible=possible, resolved=~end.unresolved
+        accept_key, -end.energy_error, finite, possible=possible, resolved=~end.unresolved
     )
     diverging |= end.diverging & possible
-    tuning_prob = end.tuning_prob(accept_prob, _network_finite(new) & (new.log_twist == -jnp.inf))
+    tuning_prob = end.tuning_prob(accept_prob, finite & (new.log_twist == -jnp.inf))
     info = MoveInfo(accept_prob, tuning_prob, diverging, end.unresolved, end.num_evaluations)
-    return select(accept, new, point), info
+    return select_point(posterior.elements, accept, new, point), info
 
 
 def hmc_trajectories(

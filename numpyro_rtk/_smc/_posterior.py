@@ -11,29 +11,31 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Count, Scalar
-from numpyro_rtk._moves._line_integral import dot
+from numpyro_rtk._moves._elements import Elements, ONE
 from numpyro_rtk._reverse._base import AbstractInnerKernel
 from numpyro_rtk._smc._point import Point, SiteLaw
-from numpyro_rtk._smc._twist import evaluate_twist, LevelError, Terms
+from numpyro_rtk._smc._twist import evaluate_twist, LevelError, log_likelihood, sum_observations, Terms
 
 
 class Floor(NamedTuple):
     """What stands for parts of the likelihood at a denoised point where they are impossible."""
 
-    other: Scalar
-    """For the log probability of what is tempered: the least that was met at a possible prior draw."""
-    gaussian: Scalar
+    other: Array
+    """For the log probability of what is tempered: the least that was met at a possible prior draw. Values
+    by element.
+    """
+    gaussian: Array
     """For the twist of what is integrated as Gaussian, where its mean or scale is not a number: the log of
     its mean density at prior draws.
     """
 
     @classmethod
-    def of(cls, terms: Terms) -> "Floor":
+    def of(cls, terms: Terms, elements: Elements = ONE) -> "Floor":
         """From the terms of prior draws, each with an axis of draws."""
-        gaussian = terms.log_normalizer - 0.5 * jnp.sum(terms.whitened**2, axis=1)
+        gaussian = terms.log_normalizer - 0.5 * sum_observations(elements, terms.whitened**2)
         gaussian = jnp.where(jnp.isfinite(gaussian), gaussian, -jnp.inf)
-        mean = jax.scipy.special.logsumexp(gaussian) - jnp.log(float(gaussian.shape[0]))
-        return cls(jnp.min(jnp.where(jnp.isfinite(terms.other), terms.other, jnp.inf)), mean)
+        mean = jax.scipy.special.logsumexp(gaussian, axis=0) - jnp.log(float(gaussian.shape[0]))
+        return cls(jnp.min(jnp.where(jnp.isfinite(terms.other), terms.other, jnp.inf), axis=0), mean)
 
 
 class Likelihoods(NamedTuple):
@@ -46,6 +48,8 @@ class Likelihoods(NamedTuple):
     center: Array
     """Where twists are linearised for the mass of gradient moves: a point of the prior's bulk, shape
     `(dim,)`. It must not depend on the draw."""
+    elements: Elements = ONE
+    """Coordinates whose likelihoods are independent of all others'."""
 
 
 class Posterior:
@@ -71,6 +75,7 @@ class Posterior:
     ) -> None:
         self.sites, self.likelihoods, self.kernel = sites, likelihoods, kernel
         self.log_beta, self.jacobian = log_beta, jacobian
+        self.elements = likelihoods.elements
         self.num_levels = sites[0].grid.num_levels
         self.last = self.num_levels - 1
         self.dim = sum(site.size for site in sites)
@@ -89,6 +94,11 @@ class Posterior:
     def with_powers(self, log_beta: Array) -> "Posterior":
         """The same with other powers."""
         return Posterior(self.sites, self.likelihoods, self.kernel, log_beta, jacobian=self.jacobian)
+
+    @property
+    def element_dim(self) -> float:
+        """Coordinates of an element, on average."""
+        return self.dim / self.elements.count
 
     def _per_coordinate(self, get: Callable[[SiteLaw], Array]) -> Array:
         return jnp.concatenate(
@@ -124,16 +134,16 @@ class Posterior:
 
     # Evaluations.
 
-    def scores(self, level: Count, x: Array) -> tuple[Array, Scalar]:
-        """Scores of all sites, and their energy where all know it."""
-        scores, energy = [], jnp.zeros((), self.dtype)
-        for site, part in zip(self.sites, self.events(x), strict=True):
+    def scores(self, level: Count, x: Array) -> tuple[Array, Array]:
+        """Scores of all sites, and their energy, by element, where all know it."""
+        scores, energy = [], jnp.zeros(self.elements.shape, self.dtype)
+        for i, (site, part) in enumerate(zip(self.sites, self.events(x), strict=True)):
             t, model = site.grid.t[level], site.score_fn
             if self.has_energy:
                 assert model.energy_and_score is not None
                 both = model.energy_and_score
                 energies, score = jax.vmap(lambda x, both=both, t=t: both(x, t))(part)
-                energy += jnp.sum(energies)
+                energy += self.elements.sum_events(i, energies)
             else:
                 score = jax.vmap(lambda x, model=model, t=t: model(x, t))(part)
             scores.append(score)
@@ -151,10 +161,15 @@ class Posterior:
     def at_data(self, x: Array) -> Point:
         """One evaluation at the last level, where the twist is the model's own likelihood."""
         score, energy = self.scores(jnp.asarray(self.last), x)
-        value, gradient = jax.value_and_grad(lambda x: self.likelihoods.terms(x).log_likelihood)(x)
-        return Point(x, score, energy, _no_nan(value), gradient, jnp.zeros((), self.dtype))
 
-    def with_twist(self, level: Count, x: Array, score: Array, energy: Scalar) -> Point:
+        def likelihood(x: Array) -> tuple[Scalar, Array]:
+            value = log_likelihood(self.likelihoods.terms(x), self.elements)
+            return jnp.sum(value), value
+
+        gradient, value = jax.grad(likelihood, has_aux=True)(x)
+        return Point(x, score, energy, _no_nan(value), gradient, jnp.zeros_like(value))
+
+    def with_twist(self, level: Count, x: Array, score: Array, energy: Array) -> Point:
         """The twist at a point whose score is known, with the gradient by the denoiser's mean slope.
 
         No evaluation.
@@ -162,7 +177,7 @@ class Posterior:
         point = self._with_twist(level, x, score, energy)
         return point._replace(twist_score=self.denoiser_slope[level] * point.twist_score)
 
-    def _with_twist(self, level: Count, x: Array, score: Array, energy: Scalar) -> Point:
+    def _with_twist(self, level: Count, x: Array, score: Array, energy: Array) -> Point:
         """The twist, with the gradient by the denoised point."""
         prediction = (x + self.v[level] * score) / self.a[level]
 
@@ -174,11 +189,12 @@ class Posterior:
             return split._replace(other=jnp.where(impossible, self.likelihoods.floor.other, split.other))
 
         power = jnp.exp(self.log_beta[level])
-        twist = evaluate_twist(terms, prediction, self.error(level), power, self.blocks)
-        above = (level < self.last) & jnp.all(jnp.isfinite(prediction))
+        error, elements = self.error(level), self.elements
+        twist = evaluate_twist(terms, prediction, error, power, self.blocks, elements)
+        above = (level < self.last) & elements.all_finite(prediction)
         stand_in = self.likelihoods.floor.gaussian + power * twist.other
         log_value = jnp.where(above & ~jnp.isfinite(twist.log_value), stand_in, twist.log_value)
-        gradient = jnp.where(above & ~jnp.isfinite(twist.gradient), 0.0, twist.gradient)
+        gradient = jnp.where(elements.spread(above) & ~jnp.isfinite(twist.gradient), 0.0, twist.gradient)
         # At `t_min` it is the model's own log likelihood, whatever stands for it above.
         log_twist = jnp.where(level == self.last, twist.log_likelihood, log_value)
         return Point(x, score, energy, _no_nan(log_twist), gradient, twist.other)
@@ -194,16 +210,20 @@ class Posterior:
         """Score evaluations of `prepared` per particle."""
         return 1 if self.jacobian else 0
 
-    def log_prior_difference(self, here: Point, there: Point) -> Scalar:
+    def log_prior_difference(self, here: Point, there: Point) -> Array:
         """`log p_t(there) - log p_t(here)`: exact where energies are known, otherwise by the trapezoid
         rule.
         """
-        return here.energy - there.energy if self.has_energy else _chord(here, there)
+        return here.energy - there.energy if self.has_energy else self._chord(here, there)
 
-    def log_prior_difference_at_midpoint(self, level: Count, here: Point, there: Point) -> Scalar:
+    def log_prior_difference_at_midpoint(self, level: Count, here: Point, there: Point) -> Array:
         """The same by Simpson's rule, for one more evaluation."""
         middle, _ = self.scores(level, 0.5 * (here.x + there.x))
-        return (2 * _chord(here, there) + 4 * dot(middle, there.x - here.x)) / 6
+        inner = self.elements.dot
+        return (2 * self._chord(here, there) + 4 * inner(middle, there.x - here.x)) / 6
+
+    def _chord(self, here: Point, there: Point) -> Array:
+        return 0.5 * self.elements.dot(here.score + there.score, there.x - here.x)
 
     @property
     def uses_midpoints(self) -> bool:
@@ -221,9 +241,5 @@ class Posterior:
         return 2 if self.uses_midpoints else 1
 
 
-def _chord(here: Point, there: Point) -> Scalar:
-    return 0.5 * dot(here.score + there.score, there.x - here.x)
-
-
-def _no_nan(value: Scalar) -> Scalar:
+def _no_nan(value: Array) -> Array:
     return jnp.where(jnp.isnan(value), -jnp.inf, value)

@@ -3,6 +3,7 @@ r"""Twists: positive functions `G_t(x)` that stand for `E[L(x_0) | x_t = x]`, an
 Any twist leaves the posterior invariant under particle Gibbs; a good one keeps the effective sample size up.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_rtk._custom_types import Scalar
+from numpyro_rtk._moves._elements import Elements, ONE
 from numpyro_rtk._moves._line_integral import dot
 from numpyro_rtk._thresholds import MAX_EXACT_OBSERVATIONS
 
@@ -77,24 +79,38 @@ class TemperedTwist(AbstractTwist):
 
 class Terms(NamedTuple):
     """A log likelihood, split as a twist needs it: the sum of `-|whitened|^2 / 2`, `log_normalizer` and
-    `other`.
+    `other`. The latter by element: scalars where there is one.
     """
 
     whitened: Array
     """Whitened residuals `(y - mean) / scale` of the Gaussian observations, shape `(observations,)`."""
-    log_normalizer: Scalar
+    log_normalizer: Array
     """Their log normalizer, `-sum(log scale)` and constants."""
-    other: Scalar
+    other: Array
     """Log probability of everything else."""
-    log_prob: Scalar | None = None
+    log_prob: Array | None = None
     """The whole as the model's own laws give it; `None`: as the parts do."""
 
     @property
-    def log_likelihood(self) -> Scalar:
-        """The log likelihood, as the model has it."""
-        if self.log_prob is not None:
-            return self.log_prob
-        return self.log_normalizer + self.other - 0.5 * dot(self.whitened, self.whitened)
+    def log_likelihood(self) -> Array:
+        """The log likelihood, as the model has it, where there is one element."""
+        return log_likelihood(self, ONE)
+
+
+def log_likelihood(terms: Terms, elements: Elements) -> Array:
+    """The log likelihood by element, as the model has it."""
+    if terms.log_prob is not None:
+        return terms.log_prob
+    if elements.count == 1:
+        square = dot(terms.whitened, terms.whitened)
+    else:
+        square = sum_observations(elements, terms.whitened**2)
+    return terms.log_normalizer + terms.other - 0.5 * square
+
+
+def sum_observations(elements: Elements, values: Array) -> Array:
+    """Sums over the Gaussian observations, the last axis, by element."""
+    return jnp.sum(values, axis=-1) if elements.count == 1 else elements.observations.sum(values)
 
 
 class LevelError(NamedTuple):
@@ -107,14 +123,14 @@ class LevelError(NamedTuple):
 
 
 class TwistPoint(NamedTuple):
-    """A twist at one point."""
+    """A twist at one point; values by element."""
 
-    log_value: Scalar
+    log_value: Array
     gradient: Array
     """Gradient with respect to the denoised point, shape `(dim,)`, with the covariance held fixed."""
-    other: Scalar
+    other: Array
     """Log probability of what is tempered, at power one."""
-    log_likelihood: Scalar
+    log_likelihood: Array
     """Log likelihood of the denoised point, as the model has it."""
 
 
@@ -122,13 +138,44 @@ class Linearization(NamedTuple):
     """Gaussian observations linearised at one point, for proposals."""
 
     jacobian: Array
-    """`d whitened / d x / sd`, shape `(rank, dim)`, so that its Gram matrix is the curvature of `-log G`."""
+    """`d whitened / d x / sd`, shape `(rank, dim)`, so that its Gram matrix is the curvature of `-log G`; of
+    each element, in its coordinates."""
     diagonal: Array
     """Curvature by coordinate where the Jacobian is not formed, shape `(dim,)`."""
 
 
 def _probes(dim: int, dtype: Any) -> Array:
     return jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (NUM_PROBES, dim)), dtype)
+
+
+def _rows(elements: Elements) -> Array:
+    """Vectors that pick the observations, one of each element at once: shape `(most, observations)`."""
+    groups = elements.observations
+    eye = np.broadcast_to(np.eye(groups.size)[:, None], (groups.size, groups.count, groups.size))
+    return groups.unpadded(jnp.asarray(eye))
+
+
+def _covariance(
+    jacobian: Array, error: LevelError, blocks: tuple[tuple[int, int], ...], elements: Elements
+) -> Array:
+    """`I + J R J^T` of each element, shape `(elements, rank, rank)`: `J` applied to measured residuals of
+    each event, and to independent coordinates.
+    """
+    rank, start = jacobian.shape[0], 0
+    total = jnp.eye(rank, dtype=jacobian.dtype)[None]
+    parts = zip(blocks, error.residuals, elements.events, strict=True)
+    for (batch_size, event_size), residuals, events in parts:
+        stop = start + batch_size * event_size
+        block = jacobian[:, start:stop].reshape(rank, batch_size, event_size)
+        scale = (1 - DIAGONAL_WEIGHT) / residuals.shape[0]
+        along = jnp.einsum("mbe,ne->bmn", block, residuals)
+        square = scale * (along @ along.mT)
+        square += DIAGONAL_WEIGHT * jnp.einsum(
+            "mbe,lbe,be->bml", block, block, error.mean_square[start:stop].reshape(batch_size, event_size)
+        )
+        total += jnp.moveaxis(events.sum(jnp.moveaxis(square, 0, -1)), -1, 0)
+        start = stop
+    return total
 
 
 def _covariance_factor(jacobian: Array, error: LevelError, blocks: tuple[tuple[int, int], ...]) -> Array:
@@ -152,6 +199,7 @@ def evaluate_twist(
     error: LevelError,
     beta: Scalar,
     blocks: tuple[tuple[int, int], ...],
+    elements: Elements = ONE,
 ) -> TwistPoint:
     """Log twist at the denoised point `x`, a flat vector of all sites.
 
@@ -163,18 +211,25 @@ def evaluate_twist(
         error: Measured denoising error of the level.
         beta: Power of what is not Gaussian.
         blocks: `(batch_size, event_size)` of each site.
+        elements: Coordinates whose likelihoods are independent of all others'.
     """
 
     def parts(x: Array) -> tuple[Any, Scalar]:
         split = terms(x)
-        return (split.whitened, split.log_normalizer, split.other), split.log_likelihood
+        return (split.whitened, split.log_normalizer, split.other), log_likelihood(split, elements)
 
-    (whitened, log_normalizer, other), vjp, log_likelihood = jax.vjp(parts, x, has_aux=True)
-    size, one = whitened.shape[0], jnp.ones((), x.dtype)
+    (whitened, log_normalizer, other), vjp, whole = jax.vjp(parts, x, has_aux=True)
+    size, one = most_observations(elements, whitened.shape[0]), jnp.ones_like(other)
+    beta = jnp.broadcast_to(beta, one.shape).astype(one.dtype)
     if size == 0:
         (gradient,) = vjp((whitened, one, beta))
-        return TwistPoint(beta * other + log_normalizer, gradient, other, log_likelihood)
-    if size <= MAX_EXACT_OBSERVATIONS:
+        return TwistPoint(beta * other + log_normalizer, gradient, other, whole)
+    if size <= MAX_EXACT_OBSERVATIONS and elements.count > 1:
+        value, gradient = _exact_by_element(vjp, whitened, error, blocks, elements)
+        (rest,) = vjp((jnp.zeros_like(whitened), one, beta))
+        gradient = rest - gradient
+        log_value = value
+    elif size <= MAX_EXACT_OBSERVATIONS:
         eye, zero = jnp.eye(size, dtype=x.dtype), jnp.zeros((), x.dtype)
         (jacobian,) = jax.vmap(lambda row: vjp((row, zero, zero)))(eye)
         (rest,) = vjp((jnp.zeros_like(whitened), one, beta))
@@ -188,14 +243,54 @@ def evaluate_twist(
         # The diagonal, and as many correlated directions as there are measured residuals, by Woodbury's
         # identity.
         diagonal, rows = _low_rank(terms, x, error, blocks)
-        inner = jnp.eye(rows.shape[0], dtype=x.dtype) + (rows / diagonal[None]) @ rows.T
-        cholesky = jnp.linalg.cholesky(inner)
-        projected = jax.scipy.linalg.cho_solve((cholesky, True), rows @ (whitened / diagonal))
-        weighted = (whitened - projected @ rows) / diagonal
-        log_value = -0.5 * (dot(whitened, weighted) + jnp.sum(jnp.log(diagonal)))
-        log_value -= jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+        if elements.count == 1:
+            weighted, log_value = _by_woodbury(whitened, diagonal, rows)
+        else:
+            groups = elements.observations
+            apart = groups.padded(whitened), groups.padded(diagonal, 1), groups.padded(rows)
+            weighted, log_value = jax.vmap(_by_woodbury, in_axes=(0, 0, 1))(*apart)
+            weighted = groups.unpadded(weighted)
         (gradient,) = vjp((-weighted, one, beta))
-    return TwistPoint(log_value + log_normalizer + beta * other, gradient, other, log_likelihood)
+    return TwistPoint(log_value + log_normalizer + beta * other, gradient, other, whole)
+
+
+def most_observations(elements: Elements, num_observations: int) -> int:
+    """Gaussian observations of the element that has most of them."""
+    return num_observations if elements.count == 1 else elements.observations.size
+
+
+def _exact_by_element(
+    vjp: Callable[..., Any],
+    whitened: Array,
+    error: LevelError,
+    blocks: tuple[tuple[int, int], ...],
+    elements: Elements,
+) -> tuple[Array, Array]:
+    """Log density of the whitened residuals of each element under `N(0, I + J R J^T)`, up to constants, and
+    minus its gradient.
+    """
+    zero, groups = jnp.zeros(elements.shape, whitened.dtype), elements.observations
+    (jacobian,) = jax.vmap(lambda row: vjp((row, zero, zero)))(_rows(elements).astype(whitened.dtype))
+    cholesky = jnp.linalg.cholesky(_covariance(jacobian, error, blocks, elements))
+    half = jax.vmap(functools.partial(jax.scipy.linalg.solve_triangular, lower=True))
+    back = jax.vmap(functools.partial(jax.scipy.linalg.solve_triangular, lower=True, trans=1))
+    scaled = half(cholesky, groups.padded(whitened))
+    log_value = -0.5 * jnp.sum(scaled**2, axis=1)
+    log_value -= jnp.sum(jnp.log(jnp.diagonal(cholesky, axis1=1, axis2=2)), axis=1)
+    weighted = back(cholesky, scaled)
+    return log_value, jnp.sum(elements.coordinates.spread(weighted.T) * jacobian, axis=0)
+
+
+def _by_woodbury(whitened: Array, diagonal: Array, rows: Array) -> tuple[Array, Scalar]:
+    """`C^-1 whitened`, and the log density under `N(0, C)` up to constants, with
+    `C = diag(diagonal) + rows^T rows`.
+    """
+    inner = jnp.eye(rows.shape[0], dtype=whitened.dtype) + (rows / diagonal[None]) @ rows.T
+    cholesky = jnp.linalg.cholesky(inner)
+    projected = jax.scipy.linalg.cho_solve((cholesky, True), rows @ (whitened / diagonal))
+    weighted = (whitened - projected @ rows) / diagonal
+    log_value = -0.5 * (dot(whitened, weighted) + jnp.sum(jnp.log(diagonal)))
+    return weighted, log_value - jnp.sum(jnp.log(jnp.diagonal(cholesky)))
 
 
 def _low_rank(
@@ -219,14 +314,25 @@ def _low_rank(
 
 
 def linearize_twist(
-    terms: Callable[[Array], Terms], x: Array, error: LevelError, blocks: tuple[tuple[int, int], ...]
+    terms: Callable[[Array], Terms],
+    x: Array,
+    error: LevelError,
+    blocks: tuple[tuple[int, int], ...],
+    elements: Elements = ONE,
 ) -> Linearization:
     """Curvature of the Gaussian part of `-log G` with respect to the denoised point, at `x`."""
     whitened, vjp = jax.vjp(lambda x: terms(x).whitened, x)
-    size = whitened.shape[0]
+    size = most_observations(elements, whitened.shape[0])
     none = jnp.zeros((0, x.shape[0]), x.dtype)
     if size == 0:
         return Linearization(none, jnp.zeros_like(x))
+    if size <= MAX_EXACT_OBSERVATIONS and elements.count > 1:
+        (jacobian,) = jax.vmap(vjp)(_rows(elements).astype(x.dtype))
+        cholesky = jnp.linalg.cholesky(_covariance(jacobian, error, blocks, elements))
+        half = jax.vmap(functools.partial(jax.scipy.linalg.solve_triangular, lower=True))
+        rows = half(cholesky, jnp.moveaxis(elements.coordinates.padded(jacobian), 1, 0))
+        rows = elements.coordinates.unpadded(jnp.moveaxis(rows, 0, 1))
+        return Linearization(rows, jnp.zeros_like(x))
     if size <= MAX_EXACT_OBSERVATIONS:
         eye = jnp.eye(size, dtype=x.dtype)
         (jacobian,) = jax.vmap(vjp)(eye)
@@ -237,5 +343,5 @@ def linearize_twist(
         )
     diagonal, factor = _low_rank(terms, x, error, blocks)
     sd = jnp.sqrt(diagonal + jnp.sum(factor**2, axis=0))
-    (columns,) = jax.vmap(vjp)(_probes(size, x.dtype) / sd[None])
+    (columns,) = jax.vmap(vjp)(_probes(whitened.shape[0], x.dtype) / sd[None])
     return Linearization(none, jnp.mean(columns**2, axis=0))

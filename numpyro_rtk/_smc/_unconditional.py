@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from numpyro_rtk._custom_types import Count, Flag, RandomKey, Scalar
-from numpyro_rtk._smc._conditional import at, SweepTuning, weight_difference
+from numpyro_rtk._smc._conditional import mean_ess, SweepTuning, weight_difference
 from numpyro_rtk._smc._moves import (
     evaluations_per_reverse,
     mala,
@@ -17,9 +17,9 @@ from numpyro_rtk._smc._moves import (
     reverse,
     terminal,
 )
-from numpyro_rtk._smc._point import Point
+from numpyro_rtk._smc._point import Point, take_points
 from numpyro_rtk._smc._posterior import Posterior
-from numpyro_rtk._smc._resampling import normalized_weights, particle_ess, systematic
+from numpyro_rtk._smc._resampling import normalized_weights, systematic
 
 
 MIN_LOG_BETA = -20.0
@@ -29,8 +29,8 @@ MIN_LOG_BETA = -20.0
 class StartInfo(NamedTuple):
     """What an unconditional sweep reports."""
 
-    log_evidence: Scalar
-    """Unbiased on the natural scale if nothing was adapted along the way."""
+    log_evidence: Array
+    """By element; unbiased on the natural scale if nothing was adapted along the way."""
     particle_ess: Float[Array, " levels"]
     """Effective sample size of the particles at each level."""
     guided_step_size: Float[Array, " segments"]
@@ -67,13 +67,16 @@ def unconditional_sweep(
     `unconditional_evaluations` score evaluations.
     """
     last, log_max_step = posterior.last, jnp.log(max_step_size(posterior))
+    elements = posterior.elements
     noise_key, scan_key, resample_key, choose_key = jr.split(key, 4)
 
     def weigh(level: Count, points: Point, base: Array, log_beta: Array) -> tuple[Point, Array, Array]:
         """Powers and log weights at a level."""
         given = log_beta[level]
         lowest = jnp.where(level > 0, log_beta[level - 1], MIN_LOG_BETA)
-        power = jnp.where(adapt & (level < last), _choose_power(points, base, given, lowest), given)
+        power = jnp.where(
+            adapt & (level < last), _choose_power(posterior, points, base, given, lowest), given
+        )
         change = (jnp.exp(power) - jnp.exp(given)) * _finite(points.other)
         points = points._replace(log_twist=points.log_twist + change)
         return points, weight_difference(points.log_twist, base), log_beta.at[level].set(power)
@@ -82,7 +85,10 @@ def unconditional_sweep(
         key, level, reverse_step_size, given_step_size = inputs
         resample_key, move_key, reverse_key = jr.split(key, 3)
         points, log_weights, log_beta = weigh(level, carry.points, carry.base, carry.log_beta)
-        points = at(points, systematic(resample_key, normalized_weights(log_weights)))
+        ancestors = elements.each(
+            systematic, elements.each(normalized_weights, log_weights), key=resample_key
+        )
+        points = take_points(elements, points, ancestors)
         now = posterior.with_powers(log_beta)
         # With another power the twist has another gradient.
         points = jax.vmap(lambda p: now.with_twist(level, p.x, p.score, p.energy))(points)
@@ -101,27 +107,28 @@ def unconditional_sweep(
         (points, log_step), _ = jax.lax.scan(move, (points, log_step), steps)
         down = jax.vmap(lambda key, point: reverse(key, now, level, point, reverse_step_size))
         new, _ = down(jr.split(reverse_key, num_particles), points)
-        mean = jax.nn.logsumexp(log_weights) - jnp.log(num_particles)
-        reported = (mean, particle_ess(log_weights), jnp.exp(log_step))
+        mean = jax.nn.logsumexp(log_weights, axis=0) - jnp.log(num_particles)
+        reported = (mean, mean_ess(posterior, log_weights), jnp.exp(log_step))
         return _Particles(new, points.log_twist, log_beta, log_step), reported
 
     xs = jax.vmap(lambda key: terminal(key, posterior))(jr.split(noise_key, num_particles))
     points = jax.vmap(lambda x: posterior.evaluate(jnp.zeros((), int), x))(xs)
     start = _Particles(
         points,
-        jnp.zeros(num_particles, posterior.dtype),
+        jnp.zeros((num_particles, *elements.shape), posterior.dtype),
         posterior.log_beta,
         jnp.log(tuning.guided_step_size[0]),
     )
     inputs = (jr.split(scan_key, last), jnp.arange(last), tuning.reverse_step_size, tuning.guided_step_size)
     end, (means, all_ess, step_sizes) = jax.lax.scan(body, start, inputs)
     log_weights = weight_difference(end.points.log_twist, end.base)
-    ancestors = systematic(resample_key, normalized_weights(log_weights))
+    ancestors = elements.each(systematic, elements.each(normalized_weights, log_weights), key=resample_key)
     # Any particle is a draw once resampled, but their order is that of their ancestors.
-    chosen = ancestors[jr.randint(choose_key, (), 0, num_particles)]
-    return at(end.points, chosen), StartInfo(
-        log_evidence=jnp.sum(means) + jax.nn.logsumexp(log_weights) - jnp.log(num_particles),
-        particle_ess=jnp.append(all_ess, particle_ess(log_weights)),
+    slots = jr.randint(choose_key, elements.shape, 0, num_particles)
+    chosen = elements.each(lambda ancestors, slot: ancestors[slot], ancestors, slots)
+    return take_points(elements, end.points, chosen), StartInfo(
+        log_evidence=jnp.sum(means, axis=0) + jax.nn.logsumexp(log_weights, axis=0) - jnp.log(num_particles),
+        particle_ess=jnp.append(all_ess, mean_ess(posterior, log_weights)),
         guided_step_size=step_sizes,
         log_beta=end.log_beta,
     )
@@ -140,22 +147,21 @@ def _finite(other: Array) -> Array:
 
 
 def choose_sweep(
-    key: RandomKey,
-    xs: Float[Array, "sweeps dim"],
-    log_twists: Float[Array, " sweeps"],
-    log_evidence: Float[Array, " sweeps"],
+    key: RandomKey, finite: Bool[Array, " sweeps"], log_twists: Array, log_evidence: Array
 ) -> Count:
-    """Index of one of several unconditional sweeps, in proportion to their evidence.
+    """Index of one of several unconditional sweeps of an element, in proportion to their evidence.
 
     Their draws weighted so are draws of an importance sampler on the space of all their particles (Andrieu et
     al. 2010, section 4.2). A draw that is impossible or not finite is left out, unless all are.
     """
-    usable = (log_twists > -jnp.inf) & jnp.all(jnp.isfinite(xs), axis=1)
-    finite = jnp.nan_to_num(log_evidence, nan=-1e30, neginf=-1e30)
-    return jr.categorical(key, jnp.where(usable, finite, -jnp.inf))
+    usable = (log_twists > -jnp.inf) & finite
+    evidence = jnp.nan_to_num(log_evidence, nan=-1e30, neginf=-1e30)
+    return jr.categorical(key, jnp.where(usable, evidence, -jnp.inf))
 
 
-def _choose_power(points: Point, base: Array, log_beta: Scalar, lowest: Scalar) -> Scalar:
+def _choose_power(
+    posterior: Posterior, points: Point, base: Array, log_beta: Scalar, lowest: Scalar
+) -> Scalar:
     """Largest log power of at most 0 that keeps half the effective sample size; the level above's if none
     does.
     """
@@ -163,7 +169,7 @@ def _choose_power(points: Point, base: Array, log_beta: Scalar, lowest: Scalar) 
     rest = points.log_twist - jnp.exp(log_beta) * other
 
     def ess(candidate: Scalar) -> Scalar:
-        return particle_ess(weight_difference(rest + jnp.exp(candidate) * other, base))
+        return mean_ess(posterior, weight_difference(rest + jnp.exp(candidate) * other, base))
 
     def body(bounds: tuple[Scalar, Scalar], _: None) -> tuple[tuple[Scalar, Scalar], None]:
         low, high = bounds

@@ -54,7 +54,7 @@ class ParticleGibbsAdaptState(NamedTuple):
     sweep_prob: Float[Array, ""]
     """Probability that an iteration has a sweep."""
     num_changed: Float[Array, ""]
-    """Sweeps that changed the draw so far."""
+    """Sweeps that changed the draw so far: of several elements, the mean."""
     num_collapsed: Float[Array, " levels"]
     """Sweeps in which the particle effective sample size of a level was below 2."""
     num_visits: Float[Array, " levels"]
@@ -107,7 +107,7 @@ class SweepTuner(NamedTuple):
         """Nothing learnt but what the start gives."""
         dtype, levels = self.posterior.dtype, jnp.zeros(self.posterior.num_levels, self.posterior.dtype)
         depths = jnp.zeros(num_depths, dtype)
-        local = jnp.asarray(0.3 * self.posterior.dim ** (-1 / 4), dtype)
+        local = jnp.asarray(0.3 * self.posterior.element_dim ** (-1 / 4), dtype)
         return ParticleGibbsAdaptState(
             step_size=tuning.reverse_step_size,
             guided_step_size=tuning.guided_step_size,
@@ -156,12 +156,11 @@ class SweepTuner(NamedTuple):
             reverse = tune.update(reverse, accept, self.target_accept_prob, visited)
             step_size = tune.step_size(reverse, MIN_STEP_SIZE, kernel.largest_step_size, freeze=is_last)
         guided = tune.update(guided, info.guided_accept_prob, self.target_accept_prob, info.visited)
-        resolved = jnp.where(seen.local.unresolved, 0.0, seen.local.tuning_prob)
-        local = tune.update(local, resolved, self.local_target, jnp.ones((), bool))
+        local = tune.update(local, seen.local.tuning_prob, self.local_target, jnp.ones((), bool))
         count = state.depth_count.at[seen.choice].add(jnp.where(seen.swept, 1.0, 0.0))
         change = (seen.jump - state.depth_jump[seen.choice]) / jnp.maximum(count[seen.choice], 1.0)
         mean_jump = state.depth_jump.at[seen.choice].add(jnp.where(seen.swept, change, 0.0))
-        num_changed = state.num_changed + (seen.swept & info.changed)
+        num_changed = state.num_changed + jnp.where(seen.swept, jnp.mean(info.changed), 0.0)
         collapsed = info.weighted & (info.particle_ess < COLLAPSED)
         return ParticleGibbsAdaptState(
             step_size=step_size,

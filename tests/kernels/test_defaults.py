@@ -43,6 +43,13 @@ def plate_of_small(y):
         numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y.reshape(36, 9))
 
 
+def mixed_plate_of_small(y):
+    with numpyro.plate("objects", 36):
+        x = numpyro.sample("x", prior(9))
+    # Each number sees two neighbours, so that the plate does not fall apart.
+    numpyro.sample("y", dist.Normal(x + jnp.roll(x, 1, axis=0), 0.5).to_event(2), obs=y.reshape(36, 9))
+
+
 def chosen(model, **options):
     kernel = rtk.RTKParticleGibbs(model, **options)
     return kernel._problem(None, (jnp.ones((18, 18)),), {}, jnp.float32).options
@@ -54,7 +61,7 @@ def one_value(y):
 
 
 @pytest.mark.parametrize(
-    ("model", "num_pilot_draws"), [(image, 32), (counts, 32), (one_value, 32), (plate_of_small, 128)]
+    ("model", "num_pilot_draws"), [(image, 32), (counts, 32), (one_value, 32), (mixed_plate_of_small, 128)]
 )
 def test_data_for_most_of_many_coordinates_leave_the_work_to_gradient_moves(model, num_pilot_draws):
     model = numpyro.handlers.condition(model, {"sky": jnp.asarray(0.3)})
@@ -63,7 +70,9 @@ def test_data_for_most_of_many_coordinates_leave_the_work_to_gradient_moves(mode
     assert options.num_pilot_draws == num_pilot_draws
 
 
-@pytest.mark.parametrize(("model", "num_pilot_draws"), [(few_numbers, 32), (small, 128)])
+@pytest.mark.parametrize(
+    ("model", "num_pilot_draws"), [(few_numbers, 32), (small, 128), (plate_of_small, 128)]
+)
 def test_few_data_or_few_coordinates_have_particles(model, num_pilot_draws):
     options = chosen(model)
     assert (options.num_particles, options.local) == (PARTICLES, rtk.LocalHMC())

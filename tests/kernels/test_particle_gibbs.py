@@ -334,7 +334,7 @@ def test_the_default_reverse_kernel(has_energy, dim, expected):
         numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros(dim))
 
     kernel = RTKParticleGibbs(model)
-    inner = kernel._options.kernel_for(latent_diffusion_sites(model, jr.key(0), (), {}))
+    inner = kernel._options.kernel_for(latent_diffusion_sites(model, jr.key(0), (), {}), 1)
     assert inner == expected
     # Either way three evaluations a transition.
     assert inner.evaluations_per_segment == 3
