@@ -24,6 +24,7 @@ from numpyro_rtk._numpyro import (
     RTKParticleGibbs as RTKParticleGibbs,
     RTKULD as RTKULD,
     ScoreHMC as ScoreHMC,
+    shard_chains as shard_chains,
 )
 from numpyro_rtk._prior._density import (
     AbstractLogDensity as AbstractLogDensity,

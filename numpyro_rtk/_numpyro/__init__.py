@@ -7,3 +7,4 @@ from numpyro_rtk._numpyro._rtk_kernel import RTKKernel as RTKKernel, RTKState as
 from numpyro_rtk._numpyro._rtk_named import RTKMALA as RTKMALA, RTKULD as RTKULD
 from numpyro_rtk._numpyro._score_hmc import ScoreHMC as ScoreHMC
 from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState as ScoreHMCState
+from numpyro_rtk._numpyro._sharding import shard_chains as shard_chains

@@ -24,12 +24,26 @@ def dependence(
         inputs: Arrays, or their shapes and dtypes, by name.
     """
     closed, results = jax.make_jaxpr(function, return_shape=True)(inputs)
+    if holds_refs(closed.jaxpr):
+        return dict.fromkeys(results, frozenset(inputs))
     # Both in the order of the keys, as PyTrees have them.
     given = [frozenset({name}) for name in sorted(inputs) for _ in jax.tree.leaves(inputs[name])]
     reached = iter(_through(closed.jaxpr, given))
     return {
         name: NONE.union(*(next(reached) for _ in jax.tree.leaves(results[name]))) for name in sorted(results)
     }
+
+
+def holds_refs(jaxpr: Jaxpr) -> bool:
+    """Whether something is written in place, at any depth: what it holds is then not known."""
+    for equation in jaxpr.eqns:
+        if any("Ref" in type(atom.aval).__name__ for atom in (*equation.invars, *equation.outvars)):
+            return True
+        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
+            inner = leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf
+            if isinstance(inner, Jaxpr) and holds_refs(inner):
+                return True
+    return False
 
 
 def _through(jaxpr: Jaxpr, given: list[Names]) -> list[Names]:
@@ -47,7 +61,7 @@ def _through(jaxpr: Jaxpr, given: list[Names]) -> list[Names]:
 
 def _through_equation(equation: Any, taken: list[Names]) -> list[Names]:
     everything, params = NONE.union(*taken), equation.params
-    if not everything or any("Ref" in type(atom.aval).__name__ for atom in equation.invars):
+    if not everything:
         return [everything] * len(equation.outvars)
     name, num_results = equation.primitive.name, len(equation.outvars)
     if name == "scan":

@@ -25,6 +25,7 @@ from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
 from numpyro_rtk._numpyro._particle_gibbs_chain import DEFAULT_STATISTICS, ParticleGibbsState
 from numpyro_rtk._numpyro._score_hmc import ScoreHMC
 from numpyro_rtk._numpyro._score_hmc_chain import ScoreHMCState, SHARED
+from numpyro_rtk._numpyro._sharding import over_chains
 from numpyro_rtk._numpyro._sites import (
     diffusion_site_names,
     inspect_model,
@@ -330,7 +331,7 @@ class RTKGibbs(Gibbs):
         # NumPyro's `Gibbs` refreshes blocks by a `cond`, which gives everything a chain axis; what chains
         # share needs none.
         shared, axes = state.block_states[0].shared, self._chain_axes()
-        new = jax.vmap(one, in_axes=(axes,), out_axes=axes)(state)
+        new = over_chains(one, (axes,), axes)(state)
         return _with_shared(new, shared._replace(iteration=shared.iteration + 1))
 
     def _sample_chain(self, state: RTKGibbsState, args: Any, kwargs: Any) -> RTKGibbsState:

@@ -35,6 +35,7 @@ from numpyro_rtk._numpyro._problem import (
     Shared,
 )
 from numpyro_rtk._numpyro._programs import Programs
+from numpyro_rtk._numpyro._sharding import over_chains
 from numpyro_rtk._numpyro._sites import DiffusionSite, inspect_model, latent_diffusion_sites
 from numpyro_rtk._numpyro._start_checks import (
     check_likelihood,
@@ -61,29 +62,30 @@ class RTKParticleGibbs(MCMCKernel):
     `num_particles` particles, one of them pinned to that path, come down by reverse transitions, weighted by
     the twist, resampled, and moved by guided MALA.
 
+    Events that share no observation, such as objects of a plate given all other latents, are elements that
+    move apart: weights, resampling and accept steps are of each by itself, in the same evaluations.
+
     *Law.* Leaves the posterior `p_{t_min}(x) L(x)` invariant for any twist and any `num_particles >= 2`, up
     to the error of the reverse kernel (geometrically small in `num_steps`) and of energy differences
     estimated from scores (see `PreconditionedMALA`, `LocalHMC`). `p_{t_min}` is the law of the data noised to
     `t_min`.
 
     *Cost.* `num_score_evals` in the state, of the chain's own sweep (vectorized chains are evaluated from the
-    deepest sweep of any of them). A full sweep with `K` segments, `P` particles, `G` guided steps and an
-    reverse kernel of `E` evaluations a transition (3 by default) costs, per event of every site,
+    deepest of any). A full sweep with `K` segments, `P` particles, `G` guided steps and a reverse kernel of
+    `E` evaluations a transition (3 by default) costs, per event of every site,
     `K (G + 1 + (P - 1)(E + G)) + P` and the local moves, vectorised over particles. A guided step counts
     twice with `guidance="mean"`, for Simpson's rule, unless all scores have an energy, where a transition
     counts one more. `init` draws `num_pilot_draws` from the prior (43 evaluations each and one per level; for
-    at most 64 of them 64 more, to place the levels), checks the transitions of each prior by round trips, as
-    `RTKKernel` does, and runs two unconditional sweeps with `num_start_steps`.
+    at most 64 of them 64 more, to place the levels), checks its transitions by round trips, as `RTKKernel`
+    does, and runs two unconditional sweeps with `num_start_steps`.
 
     *Start.* Two unconditional sweeps from noise: the first adapts the guided step sizes and the powers of
-    tempered twists, the second estimates the log evidence. The start is the draw of one of them, chosen in
-    proportion to their evidence, as a sweep that missed the mode of the data has little. `init_params`
-    replaces the start.
+    tempered twists, the second estimates the log evidence. The draw of one of them is chosen in proportion to
+    their evidence, as a sweep that missed the mode of the data has little. `init_params` replaces it.
 
     *Warmup* adapts step sizes to `target_accept_prob`, powers of tempered twists, how often to sweep, and to
-    which depth (in proportion to the squared jump). Nothing changes afterwards.
-    If the particle effective sample size of a level is below 2 in most sweeps, a warning names it when warmup
-    ends.
+    which depth (in proportion to the squared jump). Nothing changes afterwards. A warning at the start names
+    levels where particles have collapsed.
 
     Args:
         model: A NumPyro model whose only unobserved sites, apart from those a composite conditions on, are
@@ -123,16 +125,14 @@ class RTKParticleGibbs(MCMCKernel):
             memory, but at least those of one chain. `None`: all of them. Pilot draws are made together.
 
     Raises:
-        TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before
-            anything is compiled.
+        TypeError, ValueError: for arguments and models that cannot work, before anything is compiled.
 
     References:
         Andrieu, Doucet and Holenstein (2010); Wu et al. (2023), arXiv 2306.17775; Corenflos et al. (2024),
         arXiv 2405.13794.
     """
 
-    _sample_fn = True
-    """Tells `MCMC` that a resumed run needs no `init`: a state is all that `sample` depends on."""
+    _sample_fn = True  # tells `MCMC` that a state is all that `sample` depends on
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class RTKParticleGibbs(MCMCKernel):
     ) -> None:
         if not callable(model):
             raise TypeError(f"`model` must be a NumPyro model (a callable), got {type(model).__name__}.")
-        self._model = model
+        self._model, self._programs = model, Programs()
         # fmt: off
         self._options = check_options(Options(
             num_particles, segments, reverse, twist, num_guided_steps, num_start_steps, num_restarts,
@@ -163,7 +163,6 @@ class RTKParticleGibbs(MCMCKernel):
             batch_size,
         ))
         # fmt: on
-        self._programs = Programs()
         self._chosen: Chosen | None = None
 
     def __repr__(self) -> str:
@@ -286,7 +285,6 @@ class RTKParticleGibbs(MCMCKernel):
         return Likelihood(conditioned(self._model), args, kwargs).terms(z).log_likelihood
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        # The model and the kernel's options are all that a program depends on besides its arguments.
         return self._programs(name, self._model, function, *args)
 
     def _problem(
@@ -296,10 +294,12 @@ class RTKParticleGibbs(MCMCKernel):
         kwargs: dict[str, Any],
         dtype: Any,
         partition: Partition | None = None,
+        num_elements: int | None = None,
     ) -> Problem:
         if sites is None:
             sites = latent_diffusion_sites(conditioned(self._model), jr.key(0), args, kwargs)
-        return resolve_problem(self._options, self._model, sites, args, kwargs, dtype, partition)
+        options = self._options._replace(num_elements=num_elements)
+        return resolve_problem(options, self._model, sites, args, kwargs, dtype, partition)
 
     def _measure(
         self, problem: Problem, num_warmup: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -308,8 +308,8 @@ class RTKParticleGibbs(MCMCKernel):
 
         And what stands for an impossible likelihood.
         """
-        options, dtype, arrays = problem.options, problem.dtype, problem.scores.arrays
-        given = (args, kwargs, dtype, problem.partition)  # found once: only here arguments have values
+        options, arrays = problem.options, problem.scores.arrays
+        given = (args, kwargs, problem.dtype, problem.partition)  # only here arguments have values
 
         def probe(arrays: Any, given: Any) -> Any:
             return draw_and_probe(self._problem(None, *given), arrays)
@@ -348,7 +348,7 @@ class RTKParticleGibbs(MCMCKernel):
         kept = num_residuals(num_observations, options.num_pilot_draws)
         measured = measured_of(seen, grids, pilots, kept)
         zero, length, restarts = jnp.zeros((), int), jnp.asarray(num_warmup, int), jnp.ones((), bool)
-        shared = Shared(problem.scores, measured, center, zero, length, restarts)
+        shared = Shared(problem.scores, measured, center, zero, length, restarts, problem.partition)
         return shared, Floor.of(terms, problem.elements)
 
     def sample(
@@ -357,7 +357,9 @@ class RTKParticleGibbs(MCMCKernel):
         """One sweep and its local moves, for one chain or a batch of them."""
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
         batched, shared = not is_prng_key(state.rng_key), state.shared
-        problem = self._problem(None, model_args, kwargs, state.accept_prob.dtype)
+        # Arguments that have no values here may join elements; the options stay those of the start.
+        num_elements, dtype = shared.partition.elements.count, state.accept_prob.dtype
+        problem = self._problem(None, model_args, kwargs, dtype, num_elements=num_elements)
 
         def step(state: ParticleGibbsState, shared: Shared) -> ParticleGibbsState:
             chain = Chain(problem.options, problem, shared)
@@ -372,25 +374,23 @@ class RTKParticleGibbs(MCMCKernel):
 
         # Arrays of the network and measurements have no chain axis.
         alone = state._replace(shared=None)  # pyright: ignore[reportArgumentType]
-        new = (jax.vmap(step, in_axes=(0, None)) if batched else step)(alone, shared)
+        new = (over_chains(step, (0, None)) if batched else step)(alone, shared)
         return new._replace(shared=shared._replace(iteration=shared.iteration + 1))
 
     def refresh(
         self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> ParticleGibbsState:
         """The state itself: nothing that depends on conditioning values is cached."""
-        del model_args, model_kwargs
         return state
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "RTKParticleGibbs":
         """A copy whose model is `wrapper(model)`."""
         kernel = copy.copy(self)
-        kernel._model = wrapper(self._model)
+        kernel._model = wrapper(kernel._model)
         return kernel
 
     def get_constrain_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:
         """The identity: diffusion sites are unconstrained."""
-        del model_args, model_kwargs
         return identity
 
     def postprocess_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:

@@ -108,7 +108,7 @@ class Chain(NamedTuple):
     def chosen(self) -> Chosen:
         """What the options came to for the model."""
         options, problem = self.options, self.problem
-        zero = jnp.zeros(problem.elements.shape, problem.dtype)
+        zero = jnp.zeros((), problem.dtype)
         posterior = self.posterior(initial_log_beta(self._pilots), Floor(zero, zero))
         count = full_sweep_evaluations(posterior, options.num_particles, options.num_guided_steps)
         count += 1 + (0 if options.local is None else options.local.num_evaluations(posterior))

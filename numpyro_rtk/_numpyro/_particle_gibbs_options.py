@@ -59,6 +59,8 @@ class Options(NamedTuple):
     target_accept_prob: float
     num_pilot_draws: Any
     batch_size: int | None
+    num_elements: int | None = None
+    """Elements that the options are chosen for, where a start has counted them."""
 
     @property
     def start_steps(self) -> int:

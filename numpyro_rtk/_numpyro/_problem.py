@@ -58,6 +58,8 @@ class Shared(NamedTuple):
     """Length of the warmup."""
     restarts: Array
     """Whether the warmup may draw the sites anew: no start was given."""
+    partition: Partition
+    """What the start found; its number of elements is what options were chosen for."""
 
 
 class Problem(NamedTuple):
@@ -159,7 +161,7 @@ def resolve_problem(
         partition = likelihood.partition(
             {site.name: (site.batch_shape, site.prior.event_shape) for site in sites}
         )
-    num_elements = partition.elements.count
+    num_elements = partition.elements.count if options.num_elements is None else options.num_elements
     options = options.resolved(
         sites, num_elements, lambda: likelihood.num_observations(_structure(sites, dtype))
     )

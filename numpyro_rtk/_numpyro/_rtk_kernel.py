@@ -23,6 +23,7 @@ from numpyro_rtk._numpyro._arguments import (
 )
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._rtk_start import measure_start, Settings
+from numpyro_rtk._numpyro._sharding import over_chains
 from numpyro_rtk._numpyro._step_sizes import STEP_SIZES
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
 from numpyro_rtk._reverse._denoise import denoise_event
@@ -359,7 +360,7 @@ class RTKKernel(MCMCKernel):
             return self._sample_chain(state, shared, model, tuner)
 
         chain = state._replace(shared=None)  # pyright: ignore[reportArgumentType]
-        new = (jax.vmap(step, in_axes=(0, None)) if batched else step)(chain, state.shared)
+        new = (over_chains(step, (0, None)) if batched else step)(chain, state.shared)
         return new._replace(shared=state.shared)
 
     def _sample_chain(self, state: RTKState, shared: Shared, model: ScoreModel, tuner: PassTuner) -> RTKState:

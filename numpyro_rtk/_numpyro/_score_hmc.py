@@ -35,6 +35,7 @@ from numpyro_rtk._numpyro._score_hmc_problem import (
     resolve_joint_problem,
     START_DRAWS,
 )
+from numpyro_rtk._numpyro._sharding import over_chains
 from numpyro_rtk._numpyro._sites import inspect_model, refuse_discrete
 from numpyro_rtk._numpyro._start import Starter
 from numpyro_rtk._numpyro._start_checks import check_start
@@ -356,7 +357,7 @@ def _over_chains(function: Callable[..., ScoreHMCState], state: ScoreHMCState, *
     """The new state of one chain or of each of a batch; what they share has no chain axis."""
     alone = state._replace(score_arrays=HoistedArrays((), ""), data=None)
     one_chain = is_prng_key(state.rng_key)
-    new = function(alone, *args) if one_chain else jax.vmap(function)(alone, *args)
+    new = function(alone, *args) if one_chain else over_chains(function, 0)(alone, *args)
     return new._replace(**{name: getattr(state, name) for name in SHARED})
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from numpyro_rtk._numpyro._dependence import scan_sizes
+from numpyro_rtk._numpyro._dependence import holds_refs, scan_sizes
 
 
 EMPTY = 0
@@ -73,7 +73,7 @@ class _Sets:
         result, *others = arrays
         for other in others:
             result, other = np.broadcast_arrays(result, other)
-            if not other.any():
+            if not other.any() or np.array_equal(result, other):
                 continue
             if not result.any():
                 result = other
@@ -125,6 +125,8 @@ def separation(
         numbers = np.asarray([sets.number(frozenset({int(label)})) for label in labels], np.int32)
         given.append(_Traced(numbers[inverse.reshape(-1)].reshape(parts[name].shape), None))
     given += [_Traced(np.zeros(jnp.shape(leaf), np.int32), None) for leaf in jax.tree.leaves(others)]
+    if holds_refs(closed.jaxpr):
+        return {name: _all(sets, given, one.shape) for name, one in results.items()}, sets.members
     # Operations on constants are made now, even inside another trace.
     with jax.ensure_compile_time_eval():
         found = _through(sets, closed.jaxpr, [_constant(value) for value in closed.consts], given)
@@ -154,8 +156,6 @@ def _through_equation(sets: _Sets, equation: Any, taken: list[_Traced]) -> list[
     if inside is not None:
         return _through(sets, inside.jaxpr, [_constant(value) for value in inside.consts], taken)
     shapes = [atom.aval.shape for atom in equation.outvars]
-    if any("Ref" in type(atom.aval).__name__ for atom in equation.invars):
-        return [_Traced(_all(sets, taken, shape), None) for shape in shapes]
     if not any(one.sets.any() for one in taken):
         return _of_constants(equation, taken, shapes)
     results = _rule(sets, equation, taken, shapes)
@@ -306,8 +306,9 @@ def _contraction(sets: _Sets, dimensions: Any, left: np.ndarray, right: np.ndarr
     rows, num_left = _reduced(sets, left, left_sum, left_batch)
     columns, num_right = _reduced(sets, right, right_sum, right_batch)
     num_batch = len(left_batch)
-    rows = rows.reshape(*rows.shape, *(1,) * num_right)
-    columns = columns.reshape(*columns.shape[:num_batch], *(1,) * num_left, *columns.shape[num_batch:])
+    rows = rows.reshape((*rows.shape, *(1,) * num_right))
+    batch, free = columns.shape[:num_batch], columns.shape[num_batch:]
+    columns = columns.reshape((*batch, *(1,) * num_left, *free))
     return sets.union(rows, columns)
 
 

@@ -20,13 +20,13 @@ from numpyro_rtk._smc._twist import evaluate_twist, LevelError, log_likelihood, 
 class Floor(NamedTuple):
     """What stands for parts of the likelihood at a denoised point where they are impossible."""
 
-    other: Array
-    """For the log probability of what is tempered: the least that was met at a possible prior draw. Values
-    by element.
+    other: Scalar
+    """For the log probability of what is tempered: the least that was met at a possible prior draw, of any
+    element.
     """
-    gaussian: Array
+    gaussian: Scalar
     """For the twist of what is integrated as Gaussian, where its mean or scale is not a number: the log of
-    its mean density at prior draws.
+    its mean density at prior draws, the least of any element.
     """
 
     @classmethod
@@ -35,7 +35,7 @@ class Floor(NamedTuple):
         gaussian = terms.log_normalizer - 0.5 * sum_observations(elements, terms.whitened**2)
         gaussian = jnp.where(jnp.isfinite(gaussian), gaussian, -jnp.inf)
         mean = jax.scipy.special.logsumexp(gaussian, axis=0) - jnp.log(float(gaussian.shape[0]))
-        return cls(jnp.min(jnp.where(jnp.isfinite(terms.other), terms.other, jnp.inf), axis=0), mean)
+        return cls(jnp.min(jnp.where(jnp.isfinite(terms.other), terms.other, jnp.inf)), jnp.min(mean))
 
 
 class Likelihoods(NamedTuple):

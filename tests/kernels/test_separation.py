@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.infer import MCMC
 from numpyro.infer.gibbs import conditioned, with_conditioning
 
 import numpyro_rtk as rtk
@@ -268,3 +270,70 @@ def test_terms_of_elements_are_those_of_each_by_itself(family):
             np.testing.assert_allclose(
                 getattr(found, name)[i], getattr(alone, name) - share, rtol=1e-4, atol=1e-5
             )
+
+
+def test_numbers_that_are_written_in_place_may_hold_anything():
+    def written(x, others):
+        cell = jax.new_ref(jnp.zeros(()))
+        cell[...] = x.sum()
+        return x[:, 0] + cell[...]
+
+    assert reached(written) == ALL
+    # Inside of a function, too.
+    assert reached(jax.jit(written)) == ALL
+
+
+def test_products_of_two_vectors_are_followed():
+    ones = jnp.ones(3)
+    assert reached(lambda x, o: jnp.stack([jnp.dot(x[0], ones), jnp.vdot(x[1], x[2])])) == [{0}, {1, 2}]
+    assert (
+        reached(lambda x, o: jax.lax.map(lambda v: v @ ones, x)) == ALL
+    )  # turns of a loop are not told apart
+
+
+INDEXED = np.array([0, 0, 1, 2, 2, 2])
+
+
+def indexed(y, index):
+    with numpyro.plate("objects", 4):
+        x = numpyro.sample("x", rtk.DiffusionPrior(standard, (2,), schedule=rtk.OU()))
+    with numpyro.plate("data", 6):
+        numpyro.sample("y", dist.Normal(x[index, 0], 0.5), obs=y)
+
+
+def standard(x, t):
+    return -x
+
+
+def run_indexed(**options):
+    small = {"segments": 4, "num_particles": 4, "num_start_steps": 0, "num_pilot_draws": 16}
+    kernel = rtk.RTKParticleGibbs(indexed, **small)
+    settings = {"num_warmup": 20, "num_samples": 200, "num_chains": 4, "chain_method": "vectorized"}
+    mcmc = MCMC(kernel, progress_bar=False, **settings, **options)
+    mcmc.run(jr.key(0), jnp.array([0.5, 0.7, -1.0, 1.5, 1.2, 1.4]), INDEXED)
+    return mcmc
+
+
+def check_indexed(mcmc, y, index):
+    """Against the conjugate posterior."""
+    x = np.asarray(mcmc.get_samples()["x"])[..., 0]
+    for i in range(4):
+        count, total = np.sum(index == i), np.sum(y[index == i])
+        precision = 1 + count / 0.25
+        mean, sd = (total / 0.25) / precision, precision**-0.5
+        assert abs(x[:, i].mean() - mean) < 0.2 * sd
+        assert abs(x[:, i].std() / sd - 1) < 0.15
+
+
+@pytest.mark.slow
+def test_an_index_among_the_arguments_joins_what_it_may_reach_only_where_it_has_no_values():
+    y = np.array([0.5, 0.7, -1.0, 1.5, 1.2, 1.4])
+    known = run_indexed()
+    assert known.last_state.shared.partition.elements.count == 4
+    check_indexed(known, y, INDEXED)
+    check_indexed(run_indexed(jit_model_args=True), y, INDEXED)
+    # Resumed with an index that joins other objects.
+    other = np.array([3, 0, 1, 2, 2, 2])
+    known.post_warmup_state = known.last_state
+    known.run(jr.key(1), jnp.asarray(y), other)
+    check_indexed(known, y, other)

@@ -81,8 +81,7 @@ def terms_of_both(twist):
 def posterior_of(terms, centers, batch_size, elements=None, *, twist="gaussian", energy=True, jacobian=False):
     site = law(batch_size) if energy else without_energy(law(batch_size))
     given = () if elements is None else (elements if twist == "gaussian" else without_observations(elements),)
-    shape = () if elements is None else elements.shape
-    floor = Floor(jnp.full(shape, -40.0), jnp.full(shape, -7.0))
+    floor = Floor(jnp.asarray(-40.0), jnp.asarray(-7.0))
     likelihoods = Likelihoods(terms, floor, jnp.asarray(centers.ravel(), jnp.result_type(float)), *given)
     kernel = ExactReverse(DATA, SCHEDULE)
     return Posterior((site,), likelihoods, kernel, jnp.asarray(LOG_BETA), jacobian=jacobian)
