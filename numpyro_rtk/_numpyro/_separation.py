@@ -152,10 +152,10 @@ def _through(sets: _Sets, jaxpr: Jaxpr, consts: list[_Traced], given: list[_Trac
 
 
 def _through_equation(sets: _Sets, equation: Any, taken: list[_Traced]) -> list[_Traced]:
-    inside = _inside(equation, len(taken))
+    inside = _inside(equation)
     if inside is not None:
         return _through(sets, inside.jaxpr, [_constant(value) for value in inside.consts], taken)
-    shapes = [atom.aval.shape for atom in equation.outvars]
+    shapes = _shapes(equation.outvars)
     if not any(one.sets.any() for one in taken):
         return _of_constants(equation, taken, shapes)
     results = _rule(sets, equation, taken, shapes)
@@ -170,7 +170,7 @@ def _all(sets: _Sets, taken: list[_Traced], shape: tuple[int, ...]) -> np.ndarra
     return np.broadcast_to(everything, shape)
 
 
-def _inside(equation: Any, num_taken: int) -> ClosedJaxpr | None:
+def _inside(equation: Any) -> ClosedJaxpr | None:
     """The jaxpr that an equation does nothing but call."""
     if equation.primitive.name in ("scan", "while", "cond"):
         return None
@@ -180,8 +180,13 @@ def _inside(equation: Any, num_taken: int) -> ClosedJaxpr | None:
         return None
     closed = inside[0] if isinstance(inside[0], ClosedJaxpr) else ClosedJaxpr(inside[0], [])
     jaxpr = closed.jaxpr
-    fits = len(jaxpr.invars) == num_taken and len(jaxpr.outvars) == len(equation.outvars)
-    return closed if fits and len(closed.consts) == len(jaxpr.constvars) else None
+    # Some call it on a part of each array, as on several devices.
+    same = _shapes([*jaxpr.invars, *jaxpr.outvars]) == _shapes([*equation.invars, *equation.outvars])
+    return closed if same and len(closed.consts) == len(jaxpr.constvars) else None
+
+
+def _shapes(atoms: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [atom.aval.shape for atom in atoms]
 
 
 def _through_scan(sets: _Sets, equation: Any, taken: list[_Traced]) -> list[np.ndarray] | None:
@@ -206,7 +211,7 @@ def _through_scan(sets: _Sets, equation: Any, taken: list[_Traced]) -> list[np.n
             break
         carry = wider
     stacked = [one.sets[None] for one in results[num_carry:]]
-    shapes = [atom.aval.shape for atom in equation.outvars]
+    shapes = _shapes(equation.outvars)
     found = [one.sets for one in carry] + stacked
     return [np.broadcast_to(one, shape) for one, shape in zip(found, shapes, strict=True)]
 

@@ -337,3 +337,8 @@ def test_an_index_among_the_arguments_joins_what_it_may_reach_only_where_it_has_
     known.post_warmup_state = known.last_state
     known.run(jr.key(1), jnp.asarray(y), other)
     check_indexed(known, y, other)
+
+
+def test_a_function_that_is_called_on_parts_of_an_array_is_not_followed():
+    found = reached(lambda x, o: jax.pmap(lambda part: part.sum(-1))(x[None])[0])
+    assert all(i in members for i, members in enumerate(found))
