@@ -86,7 +86,7 @@ def test_sweeps_that_never_change_the_draw_cost_no_more_than_local_moves():
     # The control: a sweep in each iteration, if that is asked for.
     given = run(60, 0.01, sweep_prob=1.0)
     assert np.all(given.get_extra_fields()["depth"] > 0)
-    assert not np.any(given.get_extra_fields()["changed"] & (given.get_extra_fields()["depth"] == 5))
+    assert not np.any(given.get_extra_fields()["changed"][given.get_extra_fields()["depth"] == 5])
 
 
 @pytest.mark.slow

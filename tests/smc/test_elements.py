@@ -20,6 +20,7 @@ from numpyro_rtk._smc import _conditional, _moves
 from numpyro_rtk._smc._conditional import conditional_sweep, SweepTuning
 from numpyro_rtk._smc._local import LocalHMC, LocalMALA
 from numpyro_rtk._smc._moves import preconditioner
+from numpyro_rtk._smc._point import MoveInfo
 from numpyro_rtk._smc._posterior import Floor, Likelihoods, Posterior
 from numpyro_rtk._smc._twist import Terms
 from numpyro_rtk._smc._unconditional import unconditional_sweep
@@ -356,3 +357,16 @@ def test_a_score_that_fails_for_one_event_stops_its_element_alone():
     # The other element moves all the same.
     assert np.mean(np.any(np.asarray(points.x)[met][:, PLACES[0]] != np.asarray(x)[PLACES[0]], axis=1)) > 0.8
     assert np.all(np.isfinite(points.x))
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_path_that_was_too_coarse_counts_as_rejected_by_the_adaptation(shape):
+    """Of one element, whatever its estimate says; the others count as they are."""
+    tuning = jnp.stack([jnp.full(shape, 0.9), jnp.full(shape, 0.7)])
+    unresolved = jnp.zeros((2, *shape), bool).at[(0, 1)[: 1 + len(shape)]].set(True)
+    move = MoveInfo(tuning, tuning, unresolved, unresolved, jnp.array([3, 3]))
+    _, info = _moves._together((jnp.zeros(2), move))
+    assert info.unresolved
+    np.testing.assert_allclose(info.accept_prob, 0.8, rtol=1e-6)
+    np.testing.assert_allclose(info.tuning_prob, 0.8 * (1 - 1 / max(1, len(shape) * 3)), rtol=1e-6)
+    assert info.num_evaluations == 6
