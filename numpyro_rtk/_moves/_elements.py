@@ -19,8 +19,21 @@ from numpyro_rtk._moves._accept import all_finite
 from numpyro_rtk._moves._line_integral import dot
 
 
+class Structure:
+    """Something known outside the trace, and equal to another of the same key."""
+
+    key: tuple[Any, ...]
+    """What two equal ones have in common."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.key == self.key  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
 @jax.tree_util.register_static
-class Groups:
+class Groups(Structure):
     """Entries of the last axis of an array, each of which belongs to one of `count` groups.
 
     Args:
@@ -39,17 +52,7 @@ class Groups:
         self._even = bool(np.all(sizes == self.size) and np.all(order == np.arange(order.size)))
         self._index = np.full((count, self.size), self.owner.size)
         self._index[self.owner, self._place] = np.arange(self.owner.size)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Groups) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    @property
-    def key(self) -> tuple[int, bytes]:
-        """What two equal groupings have in common."""
-        return self.count, self.owner.tobytes()
+        self.key = (count, self.owner.tobytes())
 
     def padded(self, values: Array, fill: Any = 0) -> Array:
         """From `(..., entries)` to `(..., groups, size)`, filled up where a group has fewer entries."""
@@ -80,7 +83,7 @@ class Groups:
 
 
 @jax.tree_util.register_static
-class Elements:
+class Elements(Structure):
     """How the coordinates of a vector fall into elements.
 
     Values by element have the shape `shape` as their last axes: none where there is one element, so that
@@ -102,19 +105,8 @@ class Elements:
         """Of the flat vector."""
         self.observations = Groups(observations, count)
         """Gaussian ones."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Elements) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What two equal partitions have in common."""
-        if self.count == 1:
-            return (1,)
-        return tuple(groups.key for groups in (*self.events, self.coordinates, self.observations))
+        groups = (*self.events, self.coordinates, self.observations) if count > 1 else ()
+        self.key = (count, *(one.key for one in groups))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -140,8 +132,8 @@ class Elements:
         return values if self.count == 1 else self.coordinates.spread(values)
 
     def sum_events(self, site: int, values: Array) -> Array:
-        """Sums over the events of a site, `(batch_size,)`, by element."""
-        return jnp.sum(values) if self.count == 1 else self.events[site].sum(values)
+        """Sums over the events of a site, the last axis, by element."""
+        return jnp.sum(values, axis=-1) if self.count == 1 else self.events[site].sum(values)
 
     def any_event(self, site: int, flags: Array) -> Array:
         """Whether an event of a site, `(batch_size,)`, has a flag, by element."""

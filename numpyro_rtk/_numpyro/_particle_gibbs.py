@@ -18,39 +18,20 @@ from numpyro.util import identity, is_prng_key
 from numpyro_rtk._numpyro._arguments import read_init_params
 from numpyro_rtk._numpyro._collapse import warn_collapsed
 from numpyro_rtk._numpyro._likelihood import Likelihood
+from numpyro_rtk._numpyro._measure import measure
 from numpyro_rtk._numpyro._particle_gibbs_chain import Chain, DEFAULT_STATISTICS, ParticleGibbsState
 from numpyro_rtk._numpyro._particle_gibbs_options import check_options, Chosen, describe, Options
 from numpyro_rtk._numpyro._partition import Partition
-from numpyro_rtk._numpyro._problem import (
-    draw_and_probe,
-    first_calls,
-    flatten_draws,
-    fly_site,
-    initial_grids,
-    measured_of,
-    place,
-    Problem,
-    resolve_problem,
-    run_pilots,
-    Shared,
-)
+from numpyro_rtk._numpyro._problem import Problem, resolve_problem, Shared
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._sharding import over_chains
 from numpyro_rtk._numpyro._sites import DiffusionSite, inspect_model, latent_diffusion_sites
-from numpyro_rtk._numpyro._start_checks import (
-    check_likelihood,
-    check_others,
-    check_scores,
-    check_sites,
-    check_start,
-    check_twist,
-)
+from numpyro_rtk._numpyro._start_checks import check_others, check_sites, check_start
 from numpyro_rtk._numpyro._tracing import add_deterministic, without_diffusion
 from numpyro_rtk._reverse._base import AbstractInnerKernel
-from numpyro_rtk._score._checks import check_first_call
 from numpyro_rtk._smc._local import AbstractLocalMove
 from numpyro_rtk._smc._posterior import Floor
-from numpyro_rtk._smc._twist import AbstractTwist, log_likelihood, most_observations, num_residuals
+from numpyro_rtk._smc._twist import AbstractTwist
 from numpyro_rtk._user import arviz_asks
 
 
@@ -125,14 +106,16 @@ class RTKParticleGibbs(MCMCKernel):
             memory, but at least those of one chain. `None`: all of them. Pilot draws are made together.
 
     Raises:
-        TypeError, ValueError: for arguments and models that cannot work, before anything is compiled.
+        TypeError, ValueError: for arguments and models that cannot work, naming what is wrong, before
+            anything is compiled.
 
     References:
         Andrieu, Doucet and Holenstein (2010); Wu et al. (2023), arXiv 2306.17775; Corenflos et al. (2024),
         arXiv 2405.13794.
     """
 
-    _sample_fn = True  # tells `MCMC` that a state is all that `sample` depends on
+    _sample_fn = True
+    """Tells `MCMC` that a resumed run needs no `init`: a state is all that `sample` depends on."""
 
     def __init__(
         self,
@@ -155,7 +138,7 @@ class RTKParticleGibbs(MCMCKernel):
     ) -> None:
         if not callable(model):
             raise TypeError(f"`model` must be a NumPyro model (a callable), got {type(model).__name__}.")
-        self._model, self._programs = model, Programs()
+        self._model = model
         # fmt: off
         self._options = check_options(Options(
             num_particles, segments, reverse, twist, num_guided_steps, num_start_steps, num_restarts,
@@ -163,6 +146,7 @@ class RTKParticleGibbs(MCMCKernel):
             batch_size,
         ))
         # fmt: on
+        self._programs = Programs()
         self._chosen: Chosen | None = None
 
     def __repr__(self) -> str:
@@ -246,12 +230,18 @@ class RTKParticleGibbs(MCMCKernel):
         batched, dtype = not is_prng_key(rng_key), jnp.result_type(float)
         problem = self._problem(sites, args, kwargs, dtype)
         check_sites(problem)
-        shared, floor = self._measure(problem, num_warmup, args, kwargs)
+        known = (args, kwargs, dtype, problem.partition)  # here alone arguments have values
+
+        def run(name: str, function: Callable[..., Any], *inputs: Any) -> Any:
+            def whole(inputs: Any, known: Any) -> Any:
+                return function(self._problem(None, *known), *inputs)
+
+            return self._program(name, whole, inputs, known)
+
+        shared, floor = measure(problem, num_warmup, run)
         shared = shared._replace(restarts=jnp.asarray(not given))
 
-        def start(keys: Any, given: Any, seen: Any, args: Any, kwargs: Any) -> Any:
-            shared, floor, partition = seen
-            inner = self._problem(None, args, kwargs, dtype, partition)
+        def start(inner: Problem, keys: Any, given: Any, shared: Shared, floor: Floor) -> Any:
             chain = Chain(inner.options, inner, shared)
             self._chosen = chain.chosen  # for `repr` only
 
@@ -260,9 +250,8 @@ class RTKParticleGibbs(MCMCKernel):
 
             return inner.options.over_chains(one, (keys, given)) if batched else one((keys, given))
 
-        name = f"start {batched} {num_warmup} {dtype}"
-        seen = (shared, floor, problem.partition)
-        state = self._program(name, start, rng_key, given, seen, args, kwargs)
+        name = f"start {batched} {num_warmup}"
+        state = run(name, start, rng_key, given, shared, floor)
         state = state._replace(shared=shared)
 
         def log_likelihood(z: dict[str, Array], args: Any, kwargs: Any) -> Array:
@@ -285,6 +274,7 @@ class RTKParticleGibbs(MCMCKernel):
         return Likelihood(conditioned(self._model), args, kwargs).terms(z).log_likelihood
 
     def _program(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        # The model and the kernel's options are all that a program depends on besides its arguments.
         return self._programs(name, self._model, function, *args)
 
     def _problem(
@@ -300,56 +290,6 @@ class RTKParticleGibbs(MCMCKernel):
             sites = latent_diffusion_sites(conditioned(self._model), jr.key(0), args, kwargs)
         options = self._options._replace(num_elements=num_elements)
         return resolve_problem(options, self._model, sites, args, kwargs, dtype, partition)
-
-    def _measure(
-        self, problem: Problem, num_warmup: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Shared, Floor]:
-        """What all chains share, from prior draws with a fixed key: it is a property of the priors.
-
-        And what stands for an impossible likelihood.
-        """
-        options, arrays = problem.options, problem.scores.arrays
-        given = (args, kwargs, problem.dtype, problem.partition)  # only here arguments have values
-
-        def probe(arrays: Any, given: Any) -> Any:
-            return draw_and_probe(self._problem(None, *given), arrays)
-
-        def first(arrays: Any, given: Any) -> Any:
-            return first_calls(self._problem(None, *given), arrays)
-
-        def pilot(draws: Any, grids: Any, arrays: Any, given: Any) -> Any:
-            inner = self._problem(None, *given)
-            flat = flatten_draws(inner, draws)
-            return (
-                run_pilots(inner, draws, grids, arrays),
-                jax.vmap(inner.terms)(flat),
-                jnp.mean(flat, axis=0),
-            )
-
-        called = self._program("first", first, arrays, given)
-        for one, grid in zip(called, initial_grids(problem), strict=True):
-            check_first_call(one, grid)
-        seen = self._program("probe", probe, arrays, given)
-        draws, grids = [one[0] for one in seen], place(problem, seen)
-        pilots, terms, center = self._program("pilot", pilot, draws, grids, arrays, given)
-
-        def fly(i: int, *inputs: Any) -> Any:
-            def trips(grid: Any, curvature: Any, arrays: Any, inputs: Any, given: Any) -> Any:
-                return fly_site(self._problem(None, *given), i, grid, curvature, arrays, inputs)
-
-            return self._program(
-                f"trips {i}", trips, grids[i], pilots[i].curvature[1:], arrays, inputs, given
-            )
-
-        check_scores(problem, draws, grids, pilots, fly)
-        num_observations = most_observations(problem.elements, terms.whitened.shape[1])
-        check_twist(options.twist, num_observations)
-        check_likelihood(log_likelihood(terms, problem.elements))
-        kept = num_residuals(num_observations, options.num_pilot_draws)
-        measured = measured_of(seen, grids, pilots, kept)
-        zero, length, restarts = jnp.zeros((), int), jnp.asarray(num_warmup, int), jnp.ones((), bool)
-        shared = Shared(problem.scores, measured, center, zero, length, restarts, problem.partition)
-        return shared, Floor.of(terms, problem.elements)
 
     def sample(
         self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -381,16 +321,18 @@ class RTKParticleGibbs(MCMCKernel):
         self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> ParticleGibbsState:
         """The state itself: nothing that depends on conditioning values is cached."""
+        del model_args, model_kwargs
         return state
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "RTKParticleGibbs":
         """A copy whose model is `wrapper(model)`."""
         kernel = copy.copy(self)
-        kernel._model = wrapper(kernel._model)
+        kernel._model = wrapper(self._model)
         return kernel
 
     def get_constrain_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:
         """The identity: diffusion sites are unconstrained."""
+        del model_args, model_kwargs
         return identity
 
     def postprocess_fn(self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None) -> Any:

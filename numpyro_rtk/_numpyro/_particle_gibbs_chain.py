@@ -64,9 +64,10 @@ class ParticleGibbsState(NamedTuple):
     over the run. Low by half its variance. `None` in a composite, where it would be given arbitrary values of
     the other latents."""
     diverging: Bool[Array, ""]
-    """Whether something non-finite was met, or no particle had any weight."""
+    """Whether something non-finite was met, or no particle had any weight; in any element."""
     unresolved: Bool[Array, ""]
-    """Whether a local path was too coarse to know its energy error from scores, so that it was rejected."""
+    """Whether a local path was too coarse to know its energy error from scores, so that it was rejected; in
+    any element."""
     num_score_evals: Array
     """Score evaluations of the iteration, over all events of all sites."""
     adapt_state: ParticleGibbsAdaptState

@@ -1,16 +1,15 @@
 """How a model falls into elements: events of its diffusion sites that share no observation."""
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
 
-from numpyro_rtk._moves._elements import Elements, Groups, ONE
+from numpyro_rtk._moves._elements import Elements, Groups, ONE, Structure
 
 
 @jax.tree_util.register_static
-class Partition:
+class Partition(Structure):
     """The elements of a model, and the element of each log probability in it.
 
     Args:
@@ -20,17 +19,7 @@ class Partition:
 
     def __init__(self, elements: Elements, log_probs: dict[str, Groups]) -> None:
         self.elements, self.log_probs = elements, log_probs
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Partition) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What two equal partitions have in common."""
-        return self.elements.key, tuple((name, groups.key) for name, groups in self.log_probs.items())
+        self.key = (elements.key, *((name, groups.key) for name, groups in log_probs.items()))
 
 
 WHOLE = Partition(ONE, {})

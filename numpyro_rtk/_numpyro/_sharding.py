@@ -105,19 +105,23 @@ class _ShardedChains:
         keys, state, params = inputs
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         keys, params = jax.device_put((keys, params), sharding)
-        state = jax.tree.map(_off_the_mesh, state)
+        state = jax.tree.map(functools.partial(_placed, sharding=sharding), state)
         with _vectorized(mcmc), _on(mesh):
             states, last = function((keys, state, params))
         # NumPyro has draws first where chains are vectorized.
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), states), last
 
 
-def _off_the_mesh(leaf: Any) -> Any:
-    """What all chains share, without the devices that a run before left it on: kernels close over it."""
-    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _placed(leaf: Any, sharding: NamedSharding) -> Any:
+    """A part of a state that a run before, perhaps on other devices, left on several: chains on the devices
+    of this run, and what all chains share, which kernels close over, on none in particular.
+    """
+    if not isinstance(leaf, jax.Array) or leaf.sharding.num_devices == 1:
         return leaf
-    shared = leaf.sharding.is_fully_replicated and leaf.sharding.num_devices > 1
-    return jnp.asarray(np.asarray(leaf)) if shared else leaf
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if leaf.sharding.is_fully_replicated and not is_key:
+        return jnp.asarray(np.asarray(leaf))
+    return jax.device_put(leaf, sharding)
 
 
 @contextlib.contextmanager

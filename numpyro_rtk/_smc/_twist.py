@@ -158,39 +158,21 @@ def _rows(elements: Elements) -> Array:
 def _covariance(
     jacobian: Array, error: LevelError, blocks: tuple[tuple[int, int], ...], elements: Elements
 ) -> Array:
-    """`I + J R J^T` of each element, shape `(elements, rank, rank)`: `J` applied to measured residuals of
-    each event, and to independent coordinates.
+    """`I + J R J^T`, shape `(*elements, rank, rank)`: `J` applied to measured residuals of each event, and to
+    independent coordinates.
     """
     rank, start = jacobian.shape[0], 0
-    total = jnp.eye(rank, dtype=jacobian.dtype)[None]
-    parts = zip(blocks, error.residuals, elements.events, strict=True)
-    for (batch_size, event_size), residuals, events in parts:
+    total = jnp.broadcast_to(jnp.eye(rank, dtype=jacobian.dtype), (*elements.shape, rank, rank))
+    for i, ((batch_size, event_size), residuals) in enumerate(zip(blocks, error.residuals, strict=True)):
         stop = start + batch_size * event_size
-        block = jacobian[:, start:stop].reshape(rank, batch_size, event_size)
-        scale = (1 - DIAGONAL_WEIGHT) / residuals.shape[0]
-        along = jnp.einsum("mbe,ne->bmn", block, residuals)
-        square = scale * (along @ along.mT)
-        square += DIAGONAL_WEIGHT * jnp.einsum(
-            "mbe,lbe,be->bml", block, block, error.mean_square[start:stop].reshape(batch_size, event_size)
-        )
-        total += jnp.moveaxis(events.sum(jnp.moveaxis(square, 0, -1)), -1, 0)
+        block = jnp.moveaxis(jacobian[:, start:stop].reshape(rank, batch_size, event_size), 1, 0)
+        mean_square = error.mean_square[start:stop].reshape(batch_size, 1, event_size)
+        along = block @ residuals.T
+        square = (1 - DIAGONAL_WEIGHT) / residuals.shape[0] * (along @ along.mT)
+        square += DIAGONAL_WEIGHT * ((block * mean_square) @ block.mT)
+        total += jnp.moveaxis(elements.sum_events(i, jnp.moveaxis(square, 0, -1)), (0, 1), (-2, -1))
         start = stop
     return total
-
-
-def _covariance_factor(jacobian: Array, error: LevelError, blocks: tuple[tuple[int, int], ...]) -> Array:
-    """`F` with `F F^T = J R J^T`: `J` applied to measured residuals of each event, and to independent
-    coordinates.
-    """
-    factors, start = [], 0
-    for (batch_size, event_size), residuals in zip(blocks, error.residuals, strict=True):
-        stop = start + batch_size * event_size
-        block = jacobian[:, start:stop].reshape(-1, batch_size, event_size)
-        scale = jnp.sqrt((1 - DIAGONAL_WEIGHT) / residuals.shape[0])
-        factors.append(scale * jnp.einsum("mbe,ne->mbn", block, residuals).reshape(jacobian.shape[0], -1))
-        start = stop
-    factors.append(jacobian * jnp.sqrt(DIAGONAL_WEIGHT * error.mean_square)[None])
-    return jnp.concatenate(factors, axis=1)
 
 
 def evaluate_twist(
@@ -225,16 +207,14 @@ def evaluate_twist(
         (gradient,) = vjp((whitened, one, beta))
         return TwistPoint(beta * other + log_normalizer, gradient, other, whole)
     if size <= MAX_EXACT_OBSERVATIONS and elements.count > 1:
-        value, gradient = _exact_by_element(vjp, whitened, error, blocks, elements)
+        log_value, downhill = _exact_by_element(vjp, whitened, error, blocks, elements)
         (rest,) = vjp((jnp.zeros_like(whitened), one, beta))
-        gradient = rest - gradient
-        log_value = value
+        gradient = rest - downhill
     elif size <= MAX_EXACT_OBSERVATIONS:
         eye, zero = jnp.eye(size, dtype=x.dtype), jnp.zeros((), x.dtype)
         (jacobian,) = jax.vmap(lambda row: vjp((row, zero, zero)))(eye)
         (rest,) = vjp((jnp.zeros_like(whitened), one, beta))
-        factor = _covariance_factor(jacobian, error, blocks)
-        cholesky = jnp.linalg.cholesky(eye + factor @ factor.T)
+        cholesky = jnp.linalg.cholesky(_covariance(jacobian, error, blocks, elements))
         half = jax.scipy.linalg.solve_triangular(cholesky, whitened, lower=True)
         weighted = jax.scipy.linalg.solve_triangular(cholesky, half, lower=True, trans=1)
         log_value = -0.5 * dot(half, half) - jnp.sum(jnp.log(jnp.diagonal(cholesky)))
@@ -336,8 +316,7 @@ def linearize_twist(
     if size <= MAX_EXACT_OBSERVATIONS:
         eye = jnp.eye(size, dtype=x.dtype)
         (jacobian,) = jax.vmap(vjp)(eye)
-        factor = _covariance_factor(jacobian, error, blocks)
-        cholesky = jnp.linalg.cholesky(eye + factor @ factor.T)
+        cholesky = jnp.linalg.cholesky(_covariance(jacobian, error, blocks, elements))
         return Linearization(
             jax.scipy.linalg.solve_triangular(cholesky, jacobian, lower=True), jnp.zeros_like(x)
         )

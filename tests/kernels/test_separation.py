@@ -342,3 +342,45 @@ def test_an_index_among_the_arguments_joins_what_it_may_reach_only_where_it_has_
 def test_a_function_that_is_called_on_parts_of_an_array_is_not_followed():
     found = reached(lambda x, o: jax.pmap(lambda part: part.sum(-1))(x[None])[0])
     assert all(i in members for i, members in enumerate(found))
+
+
+@pytest.mark.parametrize("method", ["scan", "sort", "compare_all"])
+def test_indices_that_are_computed_by_a_loop_over_constants_are_followed(method):
+    places = jnp.searchsorted(jnp.arange(5.0), jnp.array([0.5, 3.5, 1.5]), method=method)
+    assert reached(lambda x, o: x[places, 0]) == [{1}, {4}, {2}]
+    # Inside the function, too.
+    edges, values = jnp.arange(5.0), jnp.array([0.5, 3.5, 1.5])
+    found = reached(lambda x, o: x[jnp.searchsorted(edges, values, method=method), 0])
+    assert found == [{1}, {4}, {2}]
+
+
+@pytest.mark.filterwarnings("ignore:Particle weights collapsed")
+def test_elements_cost_no_further_evaluations():
+    def evaluations(joined):
+        calls = []
+
+        def counted(x, t):
+            jax.debug.callback(lambda x: calls.append(1), x)
+            return -x
+
+        def model(y):
+            with numpyro.plate("objects", 3):
+                x = numpyro.sample("x", rtk.DiffusionPrior(counted, (2,), schedule=rtk.OU()))
+                numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+            if joined:
+                numpyro.factor("nothing", 0.0 * x.sum())
+
+        small = {"segments": 3, "num_particles": 3, "num_start_steps": 0, "num_pilot_draws": 16}
+        kernel = rtk.RTKParticleGibbs(model, refresh_depths=(1.0,), sweep_prob=1.0, **small)
+        state = kernel.init(jr.key(0), 0, None, (jnp.zeros((3, 2)),), {})
+        assert state.shared.partition.elements.count == (1 if joined else 3)
+        step = jax.jit(lambda state: kernel.sample(state, (jnp.zeros((3, 2)),), {}))
+        jax.block_until_ready(step(state))
+        jax.effects_barrier()
+        calls.clear()
+        state = jax.block_until_ready(step(state))
+        jax.effects_barrier()
+        assert len(calls) == state.num_score_evals
+        return len(calls)
+
+    assert evaluations(joined=False) == evaluations(joined=True)

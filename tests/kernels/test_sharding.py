@@ -63,6 +63,12 @@ for method in (rtk.shard_chains(jax.local_devices()[:2]), rtk.shard_chains()):
         np.testing.assert_allclose(found[name], values, rtol=2e-3, atol=2e-3)
     np.testing.assert_array_equal(others["diverging"], extra["diverging"])
 assert len(state.rng_key.sharding.device_set) == 8
+# What ran on eight devices goes on with two.
+mcmc = MCMC(make(), num_warmup=6, num_samples=3, num_chains=8, progress_bar=False,
+            chain_method=rtk.shard_chains(jax.local_devices()[:2]))
+mcmc.post_warmup_state = state
+mcmc.run(jr.key(2), *args)
+assert len(mcmc.last_state.rng_key.sharding.device_set) == 2
 """
 
 ALONE = """

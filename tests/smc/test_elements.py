@@ -109,6 +109,7 @@ def alone(element, **options):
     return posterior_of(tempered if twist == "tempered" else terms, centers, len(centers), **options)
 
 
+MASKS = np.array([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], bool)
 X = np.array([0.4, -0.2, 0.9, 0.3, -0.7, 0.5])
 PLACES = (np.array([0, 1, 4, 5]), np.array([2, 3]))
 
@@ -271,6 +272,16 @@ def test_exact_draws_stay_exact_under_local_moves(move):
     assert p.min() > P_MIN, p
     assert 0.3 < np.mean(info.accept_prob) < 0.97
     assert not np.any(info.diverging)
+
+
+def test_elements_are_accepted_independently():
+    """One uniform number for all would accept them together, and tie laws that are independent."""
+    moved, _ = moved_locally(LocalMALA(1), step_size=1.3)
+    changed = np.stack([np.any(moved != exact_draws(), axis=1, where=mask) for mask in MASKS], axis=1)
+    shares = changed.mean(axis=0)
+    assert np.all((shares > 0.2) & (shares < 0.9))
+    error = np.sqrt(np.prod(shares * (1 - shares)) / NUM_CHAINS)
+    assert abs(np.mean(changed[:, 0] & changed[:, 1]) - np.prod(shares)) < 5 * error
 
 
 @pytest.mark.slow
