@@ -1,10 +1,9 @@
 """`RTKGibbs`: particle Gibbs for the diffusion sites of a model, another kernel for everything else."""
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,9 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._arguments import read_start
+from numpyro_rtk._numpyro._blocks import refresh, refresh_blocks, refuse_nested
 from numpyro_rtk._numpyro._dependent import refuse_supports
+from numpyro_rtk._numpyro._gibbs_state import any_flag, RTKGibbsState
 from numpyro_rtk._numpyro._inner_start import start_inner
 from numpyro_rtk._numpyro._joint import joint_init, joint_sample
 from numpyro_rtk._numpyro._particle_gibbs import RTKParticleGibbs
@@ -33,75 +34,8 @@ from numpyro_rtk._numpyro._sites import (
     refuse_discrete,
 )
 from numpyro_rtk._numpyro._start_checks import check_start
-from numpyro_rtk._numpyro._states import lists_fields
 from numpyro_rtk._numpyro._tracing import traced_sites, without_diffusion
 from numpyro_rtk._user import arviz_asks
-
-
-@lists_fields
-class RTKGibbsState(NamedTuple):
-    """State of `RTKGibbs`: NumPyro's `GibbsState`, what belongs to both blocks, and by name what is worth
-    looking at in one of them.
-    """
-
-    z: dict[str, Any]
-    """The draws, as each block keeps them."""
-    block_states: tuple[Any, ...]
-    """State of the particle Gibbs block, and of the inner kernel."""
-    rng_key: Any
-    """Random key of the next iteration."""
-    diverging: Any = False
-    """Whether either block diverged."""
-    num_score_evals: Any = 0
-    """Score evaluations of the iteration."""
-
-    @property
-    def unresolved(self) -> Array:
-        """Whether either block rejected a path that was too coarse to know its energy error from scores."""
-        return _any_flag(self.block_states, "unresolved")
-
-    @property
-    def accept_prob(self) -> Array:
-        """As `ParticleGibbsState` has it: of the reverse kernel. That of the inner kernel is
-        `block_states.1.accept_prob`.
-        """
-        return self.block_states[0].accept_prob
-
-    @property
-    def local_accept_prob(self) -> Array:
-        """As `ParticleGibbsState` has it."""
-        return self.block_states[0].local_accept_prob
-
-    @property
-    def particle_ess(self) -> Array:
-        """As `ParticleGibbsState` has it."""
-        return self.block_states[0].particle_ess
-
-    @property
-    def changed(self) -> Array:
-        """As `ParticleGibbsState` has it."""
-        return self.block_states[0].changed
-
-    @property
-    def depth(self) -> Array:
-        """As `ParticleGibbsState` has it."""
-        return self.block_states[0].depth
-
-    @property
-    def energy(self) -> Array:
-        """Of the inner kernel, where it is a Hamiltonian one."""
-        return self.block_states[1].energy
-
-
-def _any_flag(states: tuple[Any, ...], name: str) -> Array:
-    """Whether a flag is set in any block, at any depth of blocks within blocks."""
-    flags = [jnp.zeros((), bool)]
-    for state in states:
-        if hasattr(state, name):
-            flags.append(jnp.asarray(getattr(state, name)))
-        elif hasattr(state, "block_states"):
-            flags.append(_any_flag(state.block_states, name))
-    return functools.reduce(jnp.logical_or, flags)
 
 
 def _shows_options(init: Callable[..., None]) -> Callable[..., None]:
@@ -177,6 +111,7 @@ class RTKGibbs(Gibbs):
                 "use "
                 "`RTKParticleGibbs(model)` alone."
             )
+        refuse_nested(inner_kernel)
         self._user_model = model
         self._joint = isinstance(inner_kernel, ScoreHMC)
         if self._joint:
@@ -343,9 +278,32 @@ class RTKGibbs(Gibbs):
             blocks, evaluations = joint_sample(particle_gibbs, inner, states, args, dict(kwargs or {}))
             new = state._replace(z=blocks[1].z, block_states=blocks, rng_key=next_key)
         else:
-            new: Any = self._sample_one(state, args, kwargs)  # pyright: ignore[reportArgumentType]
+            new: Any = self._take_turns(state, args, dict(kwargs or {}))
             evaluations = new.block_states[0].num_score_evals
-        return new._replace(diverging=_any_flag(new.block_states, "diverging"), num_score_evals=evaluations)
+        return new._replace(diverging=any_flag(new.block_states, "diverging"), num_score_evals=evaluations)
+
+    def _take_turns(self, state: RTKGibbsState, args: Any, kwargs: dict[str, Any]) -> RTKGibbsState:
+        """A sweep of particle Gibbs, then the inner kernel, each given what the other has."""
+        (particle_gibbs, inner), (diffusion, rest) = self._kernels, state.block_states
+        here = with_conditioning(kwargs, self._others(state.z, args, kwargs))
+        diffusion = particle_gibbs.sample(diffusion, args, here)
+        here = with_conditioning(kwargs, diffusion.z)
+        rest = inner.sample(refresh(inner, rest, args, here), args, here)
+        blocks, (next_key, _) = (diffusion, rest), jr.split(state.rng_key)
+        return state._replace(z=self._merge_z(blocks), block_states=blocks, rng_key=next_key)
+
+    def refresh(
+        self, state: RTKGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> RTKGibbsState:
+        """What the inner kernel keeps of its target, for other conditioning values."""
+        kwargs = dict(model_kwargs or {})
+        if self._joint:
+            blocks = (
+                state.block_states[0],
+                self._kernels[1].refresh(state.block_states[1], model_args, kwargs),
+            )
+            return state._replace(block_states=blocks)
+        return refresh_blocks(self, state, model_args, kwargs)
 
     def _chain_axes(self) -> RTKGibbsState:
         """Axes of the chains in a state: everywhere but in what chains share."""

@@ -13,10 +13,12 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import DiscreteGibbs, Gibbs, HMC, MCMC, NUTS
+from numpyro.infer.gibbs import conditioned, with_conditioning
 from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKGibbs, RTKParticleGibbs
+from numpyro_rtk._numpyro._blocks import refresh
 from tests.helpers import Counter
 
 
@@ -290,11 +292,72 @@ def both(y):
     numpyro.sample("y", dist.Normal(x + 2.0 * k, scale).to_event(1), obs=y)
 
 
+def composite():
+    return Gibbs([(NUTS(both), ["scale"]), (DiscreteGibbs(both), ["k"])])
+
+
+def composite_errors(kernel):
+    """In standard errors, of the probability of `k` and of the mean log scale, the site integrated out."""
+    mcmc = run(kernel, Y, num_warmup=200, num_samples=2000, num_chains=4, extra_fields=())
+    draws = mcmc.get_samples(group_by_chain=True)
+    u, k = np.linspace(-4, 3, 1401)[:, None], np.arange(2)
+    sd = np.sqrt(1 + np.exp(2 * u))
+    weights = stats.norm.pdf(u, -0.5, 0.6) * np.array([0.7, 0.3])
+    for y in np.asarray(Y):
+        weights = weights * stats.norm.pdf(y, 2.0 * k, sd)
+    weights /= weights.sum()
+    errors = []
+    for values, grid in ((draws["k"], k), (jnp.log(draws["scale"]), u)):
+        values, mean = np.asarray(values, np.float64), (weights * grid).sum()
+        sd = np.sqrt((weights * (grid - mean) ** 2).sum())
+        size = min(effective_sample_size(values), values.size) if np.ptp(values) else values.size
+        errors.append((values.mean() - mean) / sd * np.sqrt(size))
+    return np.abs(errors)
+
+
 @pytest.mark.slow
 def test_a_composite_as_the_inner_kernel():
-    inner = Gibbs([(DiscreteGibbs(both), ["k"]), (NUTS(both), ["scale"])])
-    mcmc = run(RTKGibbs(inner, **OPTIONS), Y, num_chains=1, chain_method="sequential", extra_fields=())
-    assert set(mcmc.get_samples()) == {"k", "scale", "x"}
+    assert max(composite_errors(RTKGibbs(composite(), **OPTIONS))) < Z_MAX
+
+
+@pytest.mark.slow
+def test_a_composite_that_is_not_refreshed_is_caught(monkeypatch):
+    monkeypatch.setattr("numpyro_rtk._numpyro._gibbs.refresh", lambda kernel, state, args, kwargs: state)
+    assert max(composite_errors(RTKGibbs(composite(), **OPTIONS))) > Z_MAX
+
+
+def test_blocks_of_a_composite_are_refreshed():
+    """What each block keeps belongs to the values that the others, and the site, have now."""
+    kernel = RTKGibbs(composite(), **OPTIONS)
+    state = kernel.init(jr.key(0), 10, {"scale": jnp.asarray(1.5), "k": jnp.asarray(1)}, (Y,), {})
+    x = state.z["x"] + 1.0
+    new = refresh(kernel.blocks[1][0], state.block_states[1], (Y,), with_conditioning({}, {"x": x}))
+    rest = dist.Normal(x + 2.0, 1.5).log_prob(Y).sum() + dist.Bernoulli(0.3).log_prob(1)
+    # In the space of each block: unconstrained for NUTS, with the Jacobian of the logarithm.
+    right = (
+        rest + dist.Normal(-0.5, 0.6).log_prob(jnp.log(1.5)),
+        rest + dist.LogNormal(-0.5, 0.6).log_prob(1.5),
+    )
+    got = [-block.potential_energy for block in new.block_states]
+    np.testing.assert_allclose(got, right, rtol=1e-5)
+
+
+def test_a_composite_within_a_composite_is_refused():
+    nested = Gibbs([(composite(), ["scale", "k"])])
+    with pytest.raises(TypeError, match="`inner_kernel` is a `Gibbs` with a `Gibbs` among its blocks"):
+        RTKGibbs(nested)
+
+
+def test_as_a_block_it_is_refreshed():
+    """Its inner kernel keeps an energy, which depends on the sites of enclosing kernels too."""
+    kernel = RTKGibbs(NUTS(both), **OPTIONS).wrap_model(conditioned)
+    states = [kernel.init(jr.key(0), 10, None, (Y,), with_conditioning({}, {"k": k})) for k in (0, 1)]
+    assert states[0].block_states[1].potential_energy != states[1].block_states[1].potential_energy
+    moved = kernel.refresh(states[0], (Y,), with_conditioning({}, {"k": 1}))
+    x, u = states[0].z["x"], states[0].z["scale"]
+    right = dist.Normal(x + 2.0, jnp.exp(u)).log_prob(Y).sum() + dist.Normal(-0.5, 0.6).log_prob(u)
+    right = right + dist.Bernoulli(0.3).log_prob(1)
+    np.testing.assert_allclose(moved.block_states[1].potential_energy, -right, rtol=1e-5)
 
 
 @pytest.mark.slow
