@@ -51,6 +51,7 @@ examples: $(VENV)/installed
 	$(BIN)/python examples/galaxy_counts.py --small --output .examples-output
 	$(BIN)/python examples/galaxy_blend.py --small --output .examples-output
 	$(BIN)/python examples/two_processes.py --small --output .examples-output
+	$(BIN)/python examples/population.py --small --output .examples-output
 
 clean:
 	rm -rf $(VENV) .site .examples-output demo-output

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from numpyro_rtk._user import user_stack_level
 
 
-Kind = Literal["sign", "failed", "score", "round_trip", "line_integral"]
+Kind = Literal["sign", "failed", "score", "round_trip", "line_integral", "path"]
 
 
 class Finding(NamedTuple):

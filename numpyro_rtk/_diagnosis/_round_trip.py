@@ -91,7 +91,9 @@ def plan_trip(score_fn: ScoreModel, grid: NoiseGrid, inner: AbstractInnerKernel,
     return Trip(score_fn, grid, inner, SegmentTuning(step_size, curvature))
 
 
-def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers:
+def travel(
+    key: RandomKey, trip: Trip, draws: Array, index: Array, members: Array | None = None
+) -> Travellers:
     """Take prior draws through one segment and back.
 
     *Cost.* `evaluations_per_segment + 1` score evaluations a draw, and one more for each segment
@@ -102,9 +104,14 @@ def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers
         trip: The kernel and its grid.
         draws: Draws of the prior at `t_min`, shape `(draws, *event)`.
         index: Of the segment, from noise to data, scalar.
+        members: Which member of a family each draw is of, shape `(draws,)`; in turn unless given.
     """
     score_fn, grid, inner, tuning = trip
-    scores_of = jax.vmap(score_fn, in_axes=(0, None))
+    members = jnp.arange(draws.shape[0]) if members is None else members
+
+    def scores_of(x: Array, t: Array) -> Array:
+        return score_fn.each(x, t, members)
+
     down_key, up_key, above_key, back_key = jr.split(key, 4)
     segment = grid.segment(index)
     x_s = _noised(down_key, draws, grid.total_a[index + 1], grid.total_v[index + 1])
@@ -119,15 +126,15 @@ def travel(key: RandomKey, trip: Trip, draws: Array, index: Array) -> Travellers
         length = 0.5 * jnp.log1p(above.v / (above.a * above.sigma_s) ** 2)
         lengths.append(jnp.where(index <= i, 0.0, length))
 
-    def back(key: RandomKey, x_t: Array, score_t: Array, data: list[Array]) -> Any:
-        target = ReverseTransition(score_fn, x_t, score_t, segment)
+    def back(key: RandomKey, member: Array, x_t: Array, score_t: Array, data: list[Array]) -> Any:
+        target = ReverseTransition(score_fn.member(member), x_t, score_t, segment)
         here = SegmentTuning(tuning.step_size[index], tuning.curvature[index])
         entry = SegmentEntry(jnp.stack(data), jnp.stack(lengths)) if data else first_entry(x_t)
         result = inner.run_segment(key, target, entry, here)
         return result.x, ~(result.failed | result.diverging)
 
     keys = jr.split(back_key, draws.shape[0])
-    x_back, usable = jax.vmap(back)(keys, x_t, scores_of(x_t, segment.t), data)
+    x_back, usable = jax.vmap(back)(keys, members, x_t, scores_of(x_t, segment.t), data)
     return Travellers(x_s, x_back, usable)
 
 
@@ -144,7 +151,8 @@ def travel_all(
         key: Random key.
         trip: The kernel and its grid.
         noise: The ends of the grid.
-        draws: Draws of the prior at `t_min`, shape `(draws, *event)`; `None` makes fresh ones.
+        draws: Draws of the prior at `t_min`, shape `(draws, *event)`, of the members of a family in turn;
+            `None` makes fresh ones.
         taken: Indices of the draws that each segment takes, shape `(segments, pairs)`.
         index: Of the segments, shape `(segments,)`.
     """
@@ -157,7 +165,7 @@ def travel_all(
 
     def one(inputs: tuple[RandomKey, Array, Array]) -> Travellers:
         key, taken, index = inputs
-        return travel(key, trip, draws[taken], index)
+        return travel(key, trip, draws[taken], index, taken)
 
     return jax.lax.map(one, (jr.split(key, index.shape[0]), taken, index))
 

@@ -13,6 +13,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_rtk._numpyro._dependence import dependence
 from numpyro_rtk._numpyro._tracing import traced_sites, unwrap_prior, user_model
+from numpyro_rtk._prior._conditions import one_condition
 from numpyro_rtk._prior._prior import DiffusionPrior
 from numpyro_rtk._score._model import score_methods
 
@@ -48,9 +49,12 @@ class _Traced:
 
 def refuse_dependent(
     owner: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> dict[str, tuple[str, ...]]:
     """Raise if the score of a diffusion site, latent or not, depends on a latent of the user's model, or what
-    is observed of one: kernels leave out the densities of diffusion sites.
+    is observed of one: kernels leave out the densities of diffusion sites. A condition is no part of the
+    score.
+
+    Returns the latents that the condition of each latent diffusion site depends on, where there are any.
 
     Args:
         owner: Name of the kernel, for messages.
@@ -68,24 +72,38 @@ def refuse_dependent(
         raise ValueError(
             f"The score of {'observed ' * (name in traced.observed)}diffusion site {name!r} depends on "
             f"{_named(names)}, and `{owner}` needs scores that are fixed given the model's "
-            "arguments. Pass what it is conditioned on as data" + (by_values * _BY_VALUES or ".")
+            "arguments. Give it to the prior as its condition, `DiffusionPrior(score_fn, event_shape, "
+            "condition=c)` with `score_fn(x, t, c)`, which `RTKGibbs` samples; pass it as data"
+            + (by_values * _BY_VALUES or ".")
         )
 
     def seen(values: dict[str, Array]) -> dict[str, Any]:
         trace, diffusion = traced.sites(values)
         return {
-            name: (trace[name]["value"], trace[name]["scale"], _masks(msg["fn"]))
+            name: (
+                trace[name]["value"],
+                trace[name]["scale"],
+                _masks(msg["fn"]),
+                _condition(msg["fn"]),
+            )
             for name, msg in diffusion.items()
             if name in traced.observed
         }
 
     for name, names in traced.dependent(seen):
         raise ValueError(
-            f"The value, scale or mask of observed diffusion site {name!r} depends on {_named(names)}, and "
+            f"The value, scale, mask or condition of observed diffusion site {name!r} depends on "
+            f"{_named(names)}, and "
             f"`{owner}` leaves the densities of observed diffusion sites out. Add it by hand: "
             f"`numpyro.factor({name!r}, prior.log_prob(value))`, with `prior` the `DiffusionPrior` and "
             "`value` what is observed."
         )
+
+    def conditions(values: dict[str, Array]) -> dict[str, Any]:
+        found = {name: _condition(msg["fn"]) for name, msg in traced.sites(values)[1].items()}
+        return {name: one for name, one in found.items() if one is not None and name not in traced.observed}
+
+    return {name: tuple(sorted(names)) for name, names in traced.dependent(conditions)}
 
 
 def refuse_supports(
@@ -115,10 +133,18 @@ def _named(names: Any) -> str:
     return f"latent site{'s' * (len(names) > 1)} " + " and ".join(repr(name) for name in sorted(names))
 
 
+def _condition(fn: Any) -> Array | None:
+    prior = unwrap_prior(fn)
+    assert prior is not None
+    return prior.condition
+
+
 def _all_of_score(prior: Any) -> list[Any]:
     """All that a kernel asks of a prior's score: its value, and its energy where it has one."""
     x, t = jnp.zeros(prior.event_shape), jnp.asarray(prior.schedule.t_min, float)
-    return [method(x, t) for method in score_methods(prior.score_fn)]
+    given = one_condition(prior.condition, len(prior.batch_shape))
+    zeros = [jnp.zeros(one.shape, one.dtype) for one in given]
+    return [method(x, t, *zeros) for method in score_methods(prior.score_fn)]
 
 
 def _image_of_zero(support: Any, value: Array) -> Array | None:

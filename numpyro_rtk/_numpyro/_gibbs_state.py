@@ -73,3 +73,14 @@ def any_flag(states: tuple[Any, ...], name: str) -> Array:
         elif hasattr(state, "block_states"):
             flags.append(any_flag(state.block_states, name))
     return functools.reduce(jnp.logical_or, flags)
+
+
+def with_shared(state: RTKGibbsState, shared: Any) -> RTKGibbsState:
+    """The state with another value of what chains share."""
+    block: Any = state.block_states[0]
+    return state._replace(block_states=(block._replace(shared=shared), *state.block_states[1:]))
+
+
+def axes_without(state: Any, shared: tuple[str, ...]) -> Any:
+    """Chain axes of all fields of a state but some."""
+    return state(*(None if name in shared else 0 for name in state._fields))

@@ -216,6 +216,7 @@ class RTKParticleGibbs(MCMCKernel):
         sites: tuple[DiffusionSite, ...],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        pilots: dict[str, Array] | None = None,
     ) -> ParticleGibbsState:
         """State at the start of a model that was inspected.
 
@@ -226,11 +227,12 @@ class RTKParticleGibbs(MCMCKernel):
             sites: All diffusion sites.
             args: Arguments of the model.
             kwargs: Keyword arguments of the model, with the values of other latents in a composite.
+            pilots: Prior draws of conditions that are latents, by site, shape `(draws, *condition)`.
         """
         batched, dtype = not is_prng_key(rng_key), jnp.result_type(float)
-        problem = self._problem(sites, args, kwargs, dtype)
+        problem = self._problem(sites, args, kwargs, dtype, pilots=pilots)
         check_sites(problem)
-        known = (args, kwargs, dtype, problem.partition)  # here alone arguments have values
+        known = (args, kwargs, dtype, problem.partition, pilots)  # here alone arguments have values
 
         def run(name: str, function: Callable[..., Any], *inputs: Any) -> Any:
             def whole(inputs: Any, known: Any) -> Any:
@@ -284,12 +286,13 @@ class RTKParticleGibbs(MCMCKernel):
         kwargs: dict[str, Any],
         dtype: Any,
         partition: Partition | None = None,
+        pilots: dict[str, Array] | None = None,
         num_elements: int | None = None,
     ) -> Problem:
         if sites is None:
             sites = latent_diffusion_sites(conditioned(self._model), jr.key(0), args, kwargs)
         options = self._options._replace(num_elements=num_elements)
-        return resolve_problem(options, self._model, sites, args, kwargs, dtype, partition)
+        return resolve_problem(options, self._model, sites, args, kwargs, dtype, partition, pilots)
 
     def sample(
         self, state: ParticleGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None

@@ -85,6 +85,9 @@ class Problem(NamedTuple):
     """Whether guided moves go through the denoiser."""
     dtype: Any
     """Of the draws."""
+    pilots: dict[str, Array]
+    """Prior draws of conditions that are latents, `{site: (draws, *condition)}`: what is measured of a prior
+    does not depend on where a chain is."""
 
     @property
     def elements(self) -> Elements:
@@ -148,8 +151,11 @@ def resolve_problem(
     kwargs: dict[str, Any],
     dtype: Any,
     partition: Partition | None = None,
+    pilots: dict[str, Array] | None = None,
 ) -> Problem:
     """Resolve a model whose sites are known; and its partition, where it was found before.
+
+    `pilots` has prior draws of conditions that are latents.
 
     Raises:
         ValueError: if `segments` does not fit the priors.
@@ -177,7 +183,7 @@ def resolve_problem(
     found = []
     for site in sites:
         x, t = jax.ShapeDtypeStruct(site.prior.event_shape, dtype), jax.ShapeDtypeStruct((), dtype)
-        found.append(hoist(site.prior.score_fn, x, t))
+        found.append(hoist(site.prior.score_fn, x, t, conditions=site.conditions))
     settings = [
         f"{site.name} {one[0].fingerprint} {grid.tolist()}"
         for site, one, grid in zip(sites, found, times, strict=True)
@@ -195,6 +201,7 @@ def resolve_problem(
         kernel=options.kernel_for(sites, num_elements),
         jacobian=options.jacobian_for(sites, num_elements),
         dtype=dtype,
+        pilots=pilots or {},
     )
 
 
@@ -210,9 +217,18 @@ def initial_grids(problem: Problem) -> list[NoiseGrid]:
     ]
 
 
+def pilot_models(problem: Problem, arrays: Any) -> list[ScoreModel]:
+    """Score models whose members take turns in the prior draws of a pilot."""
+    models = []
+    for site, model in zip(problem.sites, problem.rebuild(arrays), strict=True):
+        model = model.of(problem.pilots[site.name]) if site.name in problem.pilots else model
+        models.append(model.thinned(problem.options.num_pilot_draws))
+    return models
+
+
 def first_calls(problem: Problem, arrays: Any) -> list[tuple[Array, Array]]:
     """Scores at both ends of each grid: two evaluations a site."""
-    sites = zip(problem.sites, problem.rebuild(arrays), initial_grids(problem), strict=True)
+    sites = zip(problem.sites, pilot_models(problem, arrays), initial_grids(problem), strict=True)
     return [first_call(model, grid, site.prior.event_shape) for site, model, grid in sites]
 
 
@@ -222,7 +238,7 @@ def draw_and_probe(problem: Problem, arrays: Any) -> list[tuple[Array, Terminal,
     `num_pilot_draws * 43` score evaluations a site, and 64 more of up to 64 draws.
     """
     found = []
-    for site, model, times in zip(problem.sites, problem.rebuild(arrays), problem.times, strict=True):
+    for site, model, times in zip(problem.sites, pilot_models(problem, arrays), problem.times, strict=True):
         draw_key, _, probe_key = jr.split(jr.key(0), 3)
         noise = site.prior.noise
         num_draws = problem.options.num_pilot_draws
@@ -256,7 +272,7 @@ def place(problem: Problem, found: list[tuple[Array, Terminal, Array | None]]) -
 def run_pilots(problem: Problem, draws: list[Array], grids: list[NoiseGrid], arrays: Any) -> list[Pilot]:
     """Denoising errors of each site at its levels: one evaluation a level and draw."""
     key = jr.split(jr.key(0), 3)[1]
-    models = problem.rebuild(arrays)
+    models = pilot_models(problem, arrays)
     return [run_pilot(key, model, grid, one) for model, grid, one in zip(models, grids, draws, strict=True)]
 
 
@@ -277,16 +293,21 @@ def fly_site(
     problem: Problem, index: int, grid: NoiseGrid, curvature: Array, arrays: Any, inputs: tuple[Any, ...]
 ) -> Travellers:
     """Round trips of one site through segments of its grid."""
-    trip = plan_trip(problem.rebuild(arrays)[index], grid, problem.kernel, curvature)
+    trip = plan_trip(pilot_models(problem, arrays)[index], grid, problem.kernel, curvature)
     key, *places = inputs
     return travel_all(key, trip, problem.sites[index].prior.noise, *places)
 
 
 def flatten_draws(problem: Problem, draws: list[Array]) -> Array:
-    """Prior draws of all sites as flat vectors; elements of a batch take different draws."""
+    """Prior draws of all sites as flat vectors; elements of a batch take different draws, and those that are
+    conditioned on data draws of their own condition, or of the nearest that was drawn.
+    """
     columns = []
     for site, one in zip(problem.sites, draws, strict=True):
-        columns += [
-            jnp.roll(one, i, axis=0).reshape(one.shape[0], -1) for i in range(math.prod(site.batch_shape))
-        ]
+        num_draws, num_events = one.shape[0], math.prod(site.batch_shape)
+        alike = site.prior.condition is None or site.name in problem.pilots
+        num_members = 1 if alike else min(num_events, num_draws)
+        for i in range(num_events):
+            own = np.resize(np.arange(i * num_members // num_events, num_draws, num_members), num_draws)
+            columns.append(one[np.roll(own, i)].reshape(num_draws, -1))
     return jnp.concatenate(columns, axis=1)

@@ -36,7 +36,7 @@ from numpyro_rtk._numpyro._score_hmc_problem import (
     START_DRAWS,
 )
 from numpyro_rtk._numpyro._sharding import over_chains
-from numpyro_rtk._numpyro._sites import inspect_model, refuse_discrete
+from numpyro_rtk._numpyro._sites import inspect_model, refuse_discrete, refuse_latent_conditions
 from numpyro_rtk._numpyro._start import Starter
 from numpyro_rtk._numpyro._start_checks import check_start
 from numpyro_rtk._score._checks import check_first_call
@@ -205,6 +205,7 @@ class ScoreHMC(MCMCKernel):
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
         batched, dtype = not is_prng_key(rng_key), jnp.result_type(float)
         found = inspect_model("ScoreHMC", self._model, rng_key[0] if batched else rng_key, model_args, kwargs)
+        refuse_latent_conditions("ScoreHMC", found.conditions)
         refuse_discrete("ScoreHMC", found.trace)
         transforms = _transforms_from_trace(found.trace, raise_warnings=False)
         if kwargs.get(GIBBS_SITES_KWARG):

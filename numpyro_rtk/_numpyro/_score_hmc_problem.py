@@ -1,6 +1,5 @@
 """A model with its arguments, resolved: what joint HMC works on."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -88,13 +87,13 @@ class JointProblem(NamedTuple):
                 model, x = scores[site.name], z[site.name]
                 t = jnp.asarray(site.prior.segment_times[-1], x.dtype)
                 if model.has_energy:
-                    both = functools.partial(_energy_and_score, model, t)
-                    energy, own = _over_batch(both, site, x)
+                    energy, own = model.each_with_energy(site.events(x), t)
+                    own = own.reshape(x.shape)
                     energies += [energy, own]
                     potential = potential + jnp.sum(energy)
                     gradient = gradient | {site.name: gradient[site.name] - own}
                 elif score is None:
-                    found[site.name] = _over_batch(functools.partial(_score, model, t), site, x)
+                    found[site.name] = model.each(site.events(x), t).reshape(x.shape)
                 else:
                     found[site.name] = score[site.name]
             finite = all_finite(*z.values(), *found.values(), *energies)
@@ -133,7 +132,7 @@ def resolve_joint_problem(
     for site in sites:
         x = jax.ShapeDtypeStruct(site.prior.event_shape, jnp.result_type(float))
         t = jax.ShapeDtypeStruct((), jnp.result_type(float))
-        own, rebuilds[site.name] = hoist(site.prior.score_fn, x, t)
+        own, rebuilds[site.name] = hoist(site.prior.score_fn, x, t, conditions=site.conditions)
         found[site.name] = own.arrays
         fingerprint += f"{site.name} {site.shape} {own.fingerprint} at {site.prior.segment_times[-1]}; "
 
@@ -156,8 +155,9 @@ def calibrations(problem: JointProblem, scores: Scores, dtype: Any) -> list[Cali
     draw_key, pilot_key = jr.split(jr.key(0))
     found = []
     for site in problem.sites:
-        prior, model = site.prior, scores[site.name]
+        prior = site.prior
         num_draws = num_pilot_draws(math.prod(prior.event_shape))
+        model = scores[site.name].thinned(num_draws)
         draws, _ = prior_draws(draw_key, model, prior.noise, prior.event_shape, dtype, num_draws)
         found.append(run_pilot(pilot_key, model, grid_of(site, dtype), or_zero(draws)).calibration)
     return found
@@ -177,10 +177,10 @@ def draws_and_scales(problem: JointProblem, scores: Scores, dtype: Any) -> tuple
     """
     values, scales = {}, {}
     for site in problem.sites:
-        prior, model = site.prior, scores[site.name]
+        prior, model = site.prior, scores[site.name].thinned(START_DRAWS)
         draws, _ = prior_draws(jr.key(0), model, prior.noise, prior.event_shape, dtype, START_DRAWS)
         t = jnp.asarray(prior.segment_times[-1], dtype)
-        squares = jnp.mean(jax.vmap(lambda x, model=model, t=t: model(x, t))(draws) ** 2, axis=0)
+        squares = jnp.mean(model.each(draws, t) ** 2, axis=0)
         weight = START_PRIOR_DRAWS / (START_PRIOR_DRAWS + START_DRAWS)
         squares = (1 - weight) * squares + weight * jnp.mean(squares)
         # Where a draw failed there is nothing to learn.
@@ -192,19 +192,3 @@ def draws_and_scales(problem: JointProblem, scores: Scores, dtype: Any) -> tuple
 
 def _to_batch(event: Event, site: DiffusionSite) -> Array:
     return jnp.broadcast_to(event.reshape((1,) * len(site.batch_shape) + event.shape), site.shape)
-
-
-def _score(model: ScoreModel, t: Scalar, x: Event) -> Event:
-    return model(x, t)
-
-
-def _energy_and_score(model: ScoreModel, t: Scalar, x: Event) -> tuple[Scalar, Event]:
-    assert model.energy_and_score is not None
-    return model.energy_and_score(x, t)
-
-
-def _over_batch(function: Callable[[Event], Any], site: DiffusionSite, x: Array) -> Any:
-    """`function` of every event of a site."""
-    for _ in site.batch_shape:
-        function = jax.vmap(function)
-    return function(x)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.core import Tracer
+from jaxtyping import Array
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_rtk._numpyro._dependent import refuse_dependent
@@ -24,9 +25,18 @@ class DiffusionSite(NamedTuple):
     batch_shape: tuple[int, ...]
 
     @property
+    def conditions(self) -> Array | None:
+        """Those of all its events, shape `(events, *condition)`, where the prior is conditional."""
+        return self.prior.model(self.batch_shape).conditions
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of its value, batch and event."""
         return self.batch_shape + self.prior.event_shape
+
+    def events(self, x: Array) -> Array:
+        """Its value as events, shape `(events, *event)`."""
+        return x.reshape(-1, *self.prior.event_shape)
 
 
 def _is_masked(fn: Any) -> bool:
@@ -46,6 +56,8 @@ class ModelSites(NamedTuple):
     """Other latent sample sites."""
     trace: Any
     """The trace; diffusion sites have placeholders as values."""
+    conditions: dict[str, tuple[str, ...]]
+    """Latents that the condition of a diffusion site depends on, by its name, where there are any."""
 
 
 def inspect_model(
@@ -137,8 +149,16 @@ def inspect_model(
             'Write `numpyro.sample("x", DiffusionPrior(score_fn, event_shape))` in the model, or use another '
             "kernel."
         )
-    refuse_dependent(owner, model, args, kwargs)
-    return ModelSites(tuple(diffusion), others, trace)
+    conditions = refuse_dependent(owner, model, args, kwargs)
+    for name, latents in conditions.items():
+        diffuse = [latent for latent in latents if latent in seen]
+        if diffuse:
+            raise ValueError(
+                f"The `condition` of diffusion site {name!r} depends on diffusion site {diffuse[0]!r}, and "
+                f"`{owner}` moves {diffuse[0]!r} by its own prior and the observations. Train one network on "
+                "both, or use `NUTS(model)` with priors whose densities are normalised."
+            )
+    return ModelSites(tuple(diffusion), others, trace, conditions)
 
 
 def kernel_for_discrete(samples: dict[str, Any]) -> str:
@@ -154,6 +174,23 @@ def kernel_for_discrete(samples: dict[str, Any]) -> str:
     ]
     inner = "DiscreteHMCGibbs(NUTS(model))" if continuous else "DiscreteGibbs(model)"
     return f"`RTKGibbs({inner})`"
+
+
+def refuse_latent_conditions(owner: str, conditions: dict[str, tuple[str, ...]]) -> None:
+    """Raise if the condition of a diffusion site depends on a latent, for a kernel that leaves out what the
+    prior says of its condition.
+
+    Args:
+        owner: Name of the kernel, for messages.
+        conditions: Latents that conditions depend on, by site.
+    """
+    for name, latents in conditions.items():
+        named = " and ".join(map(repr, latents))
+        raise ValueError(
+            f"The `condition` of diffusion site {name!r} depends on {named}, and `{owner}` cannot sample "
+            f"{named}: scores do not tell how likely a condition is. Use `RTKGibbs(NUTS(model))`, which can, "
+            "or pass the condition as data."
+        )
 
 
 def refuse_discrete(owner: str, trace: dict[str, Any]) -> None:

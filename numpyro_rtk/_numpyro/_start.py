@@ -71,7 +71,7 @@ class Starter(NamedTuple):
         if sampled:
             keys = jr.split(site_key, len(self.problem.sites))
             x = {
-                site.name: _with_score(site.prior, self.scores[site.name]).sample(k, site.batch_shape)
+                site.name: _with_score(site.prior, self.scores[site.name]).expand(site.batch_shape).sample(k)
                 for site, k in zip(self.problem.sites, keys, strict=True)
                 if site.name not in given
             }
@@ -179,8 +179,10 @@ class _Rescored(Messenger):
 def _with_score(fn: Any, score: Any) -> Any:
     """The same law with another score callable."""
     if isinstance(fn, DiffusionPrior):
-        options = {"reverse": fn.reverse, "density": fn.density}
-        return DiffusionPrior(score, fn.event_shape, fn.schedule, segments=fn.segment_times, **options)
+        options: dict[str, Any] = {"reverse": fn.reverse, "density": fn.density}
+        if fn.condition is not None:
+            options |= {"condition": fn.condition, "condition_ndims": fn.condition.ndim - len(fn.batch_shape)}
+        return DiffusionPrior(score.family, fn.event_shape, fn.schedule, segments=fn.segment_times, **options)
     fn = copy.copy(fn)
     fn.base_dist = _with_score(fn.base_dist, score)
     return fn

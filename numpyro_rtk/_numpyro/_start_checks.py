@@ -13,6 +13,7 @@ from numpyro_rtk._diagnosis._start import check_calibration, check_segments
 from numpyro_rtk._noising._grid import NoiseGrid
 from numpyro_rtk._numpyro._problem import Problem
 from numpyro_rtk._numpyro._sites import ModelSites
+from numpyro_rtk._prior._conditions import one_condition
 from numpyro_rtk._reverse._base import check_kernel
 from numpyro_rtk._reverse._pilot import Pilot
 from numpyro_rtk._score._checks import check_score_shape
@@ -36,7 +37,9 @@ def check_sites(problem: Problem) -> None:
         prior = site.prior
         x = jax.ShapeDtypeStruct(prior.event_shape, problem.dtype)
         check_kernel("reverse", problem.kernel, prior.score_fn, times.size - 1)
-        check_score_shape(prior.score_fn, x, jax.ShapeDtypeStruct((), problem.dtype), (), {})
+        given = one_condition(prior.condition, len(prior.batch_shape))
+        t = jax.ShapeDtypeStruct((), problem.dtype)
+        check_score_shape(prior.score_fn, x, t, (), {}, in_model=True, condition=given)
 
 
 def check_scores(

@@ -1,15 +1,17 @@
 """A model traced without a network: what stands for its diffusion sites, and the model as it was written."""
 
 import functools
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array
-from numpyro import handlers
+from numpyro import handlers, plate
 from numpyro.distributions import constraints
 from numpyro.infer.gibbs import conditioned
 from numpyro.infer.initialization import init_to_sample
@@ -17,6 +19,8 @@ from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._prior._prior import DiffusionPrior
+from numpyro_rtk._reverse._path import path_log_density, PathGrid
+from numpyro_rtk._score._hoist import hoist, TRACED
 
 
 class Unweighted(dist.Distribution):
@@ -58,17 +62,58 @@ WRAPPERS: Any = (dist.ExpandedDistribution, dist.Independent, dist.MaskedDistrib
 def unwrap_prior(fn: Any) -> DiffusionPrior | None:
     """The diffusion prior inside `expand`, `to_event` and `mask`, or `None`."""
     while not isinstance(fn, DiffusionPrior):
-        if type(fn) not in (*WRAPPERS, Unweighted):
+        if type(fn) not in (*WRAPPERS, Unweighted, PathLaw):
             return None
         fn = fn.base_dist
     return fn
 
 
-class _LeaveOut(Messenger):
-    """Replaces the law of every diffusion site by one without a density."""
+PATHS_KWARG = "_noising_paths"
+"""Keyword argument by which `without_diffusion(model)` is given noising paths, `{site: SitePath}`."""
 
-    def __init__(self, fn: Any = None, seen: dict[str, Any] | None = None) -> None:
-        self.seen = seen
+
+class SitePath(NamedTuple):
+    """The noising paths of all events of a diffusion site whose condition is a latent."""
+
+    grid: PathGrid
+    """Segments of the paths."""
+    path: Array
+    """Shape `(events, levels, *event)`, from noise to data."""
+    score_arrays: list[Any]
+    """Arrays of the site's score, arguments of the compiled program."""
+
+
+class PathLaw(Unweighted):
+    """Stands for a diffusion prior whose condition is a latent: `log_prob` is that of a noising path."""
+
+    def __init__(self, base_dist: Any, site_path: SitePath) -> None:
+        self.site_path = site_path
+        super().__init__(base_dist)
+
+    def log_prob(self, value: Any) -> Array:
+        prior, (grid, path, arrays) = unwrap_prior(self.base_dist), self.site_path
+        assert prior is not None
+        batch = jnp.shape(value)[: jnp.ndim(value) - prior.event_dim]
+        conditions = prior.model(batch).conditions
+        x, t = (jax.ShapeDtypeStruct(shape, path.dtype) for shape in (prior.event_shape, ()))
+        own, rebuild = hoist(prior.score_fn, x, t, conditions=conditions)
+        model = rebuild(own.arrays if TRACED in own.fingerprint else arrays)
+
+        def log_density(event: Array, path: Array) -> Array:
+            return path_log_density(model.member(event), grid, path)
+
+        values = jax.vmap(log_density)(jnp.arange(path.shape[0]), path).reshape(batch)
+        # Axes that `to_event` took into an event.
+        return jnp.sum(values, axis=tuple(range(jnp.ndim(value) - len(self.event_shape), len(batch))))
+
+
+class _LeaveOut(Messenger):
+    """Replaces the law of every diffusion site by one without a density, or by that of its noising path."""
+
+    def __init__(
+        self, fn: Any = None, seen: dict[str, Any] | None = None, paths: dict[str, SitePath] | None = None
+    ) -> None:
+        self.seen, self.paths = seen, paths or {}
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -78,16 +123,20 @@ class _LeaveOut(Messenger):
         fn = msg["fn"].base_dist if isinstance(msg["fn"], Unweighted) else msg["fn"]
         if self.seen is not None:
             self.seen[msg["name"]] = {**msg, "fn": fn}
-        msg["fn"] = Unweighted(fn)
+        path = self.paths.get(msg["name"])
+        msg["fn"] = Unweighted(fn) if path is None else PathLaw(fn, path)
 
 
 def _without_diffusion(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _LeaveOut():
+    paths = kwargs.pop(PATHS_KWARG, None)
+    with _LeaveOut(paths=paths):
         return model(*args, **kwargs)
 
 
 def without_diffusion(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with the densities of its diffusion sites left out; idempotent, and pickles."""
+    """The model with the densities of its diffusion sites left out, but for those of noising paths that are
+    given it; idempotent, and pickles.
+    """
     if isinstance(model, functools.partial) and model.func is _without_diffusion:
         return model
     return functools.partial(_without_diffusion, model)
@@ -143,4 +192,31 @@ def traced_sites(
     seeded = handlers.seed(_LeaveOut(model, seen), rng_key)
     given: Any = {"substitute_fn": _placeholder} if values is None else {"data": values}
     with numpyro.validation_enabled(False):
-        return handlers.trace(handlers.substitute(seeded, **given)).get_trace(*args, **kwargs), seen
+        try:
+            return handlers.trace(handlers.substitute(seeded, **given)).get_trace(*args, **kwargs), seen
+        except ValueError as error:
+            refuse_misfit(error)
+            raise
+
+
+def refuse_misfit(error: ValueError) -> None:
+    """Raise by name if what failed was to fit the condition of a diffusion site into its plates.
+
+    NumPyro's plates fail with the two shapes alone; what they were looking at is in their frames.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        msg = frame.f_locals.get("msg")
+        if not isinstance(msg, dict) or msg.get("type") != "sample":
+            continue
+        prior = unwrap_prior(msg["fn"])
+        if (
+            prior is not None
+            and prior.condition is not None
+            and isinstance(frame.f_locals.get("self"), plate)
+        ):
+            own = frame.f_locals["self"]
+            raise ValueError(
+                f"The `condition` of diffusion site {msg['name']!r} has batch shape {prior.batch_shape}, "
+                f"which does not fit plate {own.name!r} of size {own.size}: give one condition for each "
+                "element, or one for all (shape `()`). `condition_ndims` counts the axes of one condition."
+            ) from error

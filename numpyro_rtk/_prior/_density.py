@@ -46,6 +46,9 @@ class AbstractLogDensity(eqx.Module):
     needs_terminal: ClassVar[bool] = False
     """Whether values depend on the law of the data noised to `t_max`."""
 
+    forward_mode: ClassVar[bool] = False
+    """Whether values are differentiated in a condition by forward mode."""
+
     def ending_in(self, terminal: Terminal) -> Self:
         """The same, with that law."""
         del terminal
@@ -157,6 +160,7 @@ class ProbabilityFlow(AbstractLogDensity):
     max_steps: int = eqx.field(static=True, default=512)
     terminal: Terminal | None = eqx.field(init=False, repr=False)
     needs_terminal: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.terminal = None

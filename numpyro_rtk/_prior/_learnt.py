@@ -15,11 +15,12 @@ from numpyro_rtk._diagnosis._start import check_calibration
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import NoiseRange
+from numpyro_rtk._prior._conditions import one_condition
 from numpyro_rtk._reverse._calibration import Calibration, or_zero
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
 from numpyro_rtk._score._checks import check_first_call, first_call
 from numpyro_rtk._score._hoist import fingerprint_of
-from numpyro_rtk._score._model import resolve_score, ScoreModel
+from numpyro_rtk._score._model import ScoreModel
 
 
 PILOT_DRAWS = 16
@@ -64,6 +65,7 @@ def learn(
     `PILOT_DRAWS * (43 + levels)` evaluations, with a fixed key.
     """
     draw_key, noise_key = jr.split(jr.key(0))
+    model = model.thinned(PILOT_DRAWS)
     draws, terminal = prior_draws(draw_key, model, noise, shape, grid.t.dtype, PILOT_DRAWS)
     # One failed pass of the pilot must not spoil every draw.
     finite = jnp.all(jnp.isfinite(draws.reshape(PILOT_DRAWS, -1)), axis=1)
@@ -86,7 +88,15 @@ def learn(
 def key_of(prior: Any, dtype: Any) -> Any:
     """What is learnt of a `DiffusionPrior` in this dtype is known by."""
     times = tuple(prior.segment_times.tolist())
-    return id(prior.score_fn), str(prior.schedule), times, prior.event_shape, str(jnp.dtype(dtype))
+    conditions = () if prior.condition is None else fingerprint_of(prior.condition)
+    return (
+        id(prior.score_fn),
+        conditions,
+        str(prior.schedule),
+        times,
+        prior.event_shape,
+        str(jnp.dtype(dtype)),
+    )
 
 
 def learnt_of(prior: Any, grid: NoiseGrid) -> Learnt:
@@ -97,16 +107,18 @@ def learnt_of(prior: Any, grid: NoiseGrid) -> Learnt:
     """
     score_fn, shape, dtype = prior.score_fn, prior.event_shape, grid.t.dtype
     # A function of its own each time: JAX keeps traces by the identity of the callable.
-    closed = jax.make_jaxpr(lambda x, t: score_fn(x, t))(jnp.zeros(shape, dtype), jnp.zeros((), dtype))
-    if any(isinstance(const, Tracer) for const in closed.consts):
-        return learn(resolve_score(score_fn), prior.noise, grid, shape)[0]
+    given = one_condition(prior.condition, len(prior.batch_shape))
+    x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
+    closed = jax.make_jaxpr(lambda x, t, *given: score_fn(x, t, *given))(x, t, *given)
+    if any(isinstance(array, Tracer) for array in (*closed.consts, prior.condition)):
+        return learn(prior.model(), prior.noise, grid, shape)[0]
     program = f"{closed.jaxpr} {fingerprint_of(closed.consts)}"
     known = LEARNT.get(key_of(prior, dtype))
     if known is not None and known.program == program:
         return known.learnt
 
     def first(grid: NoiseGrid) -> Any:
-        model = resolve_score(score_fn)
+        model = prior.model()
         return first_call(model, grid, shape), *learn(model, prior.noise, grid, shape)
 
     with jax.ensure_compile_time_eval():

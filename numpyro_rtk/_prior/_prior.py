@@ -3,24 +3,22 @@
 import math
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import numpyro.distributions as dist
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
-from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 from numpyro.util import is_prng_key
 
-from numpyro_rtk._custom_types import Event, RandomKey
+from numpyro_rtk._custom_types import Count, Event, RandomKey
 from numpyro_rtk._diagnosis._start import check_nodes
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
-from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, NoiseRange, resolve_segments
+from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
+from numpyro_rtk._prior._conditions import check_condition, members, one_condition
 from numpyro_rtk._prior._density import (
     AbstractLogDensity,
     EnergyDensity,
@@ -30,6 +28,7 @@ from numpyro_rtk._prior._density import (
 from numpyro_rtk._prior._derivative import log_density_with_score
 from numpyro_rtk._prior._latents import running_latents
 from numpyro_rtk._prior._learnt import key_of, LEARNT, learnt_of
+from numpyro_rtk._prior._record import PriorRecord
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_kernel
 from numpyro_rtk._reverse._denoise import denoise_event, draw_clean, measure_denoise_sd
 from numpyro_rtk._reverse._pass import reverse_pass, rule_step_size, Tuning
@@ -42,7 +41,7 @@ from numpyro_rtk._score._checks import (
     schedule_or_assumed,
     shown,
 )
-from numpyro_rtk._score._model import has_energy, resolve_score
+from numpyro_rtk._score._model import has_energy, resolve_score, ScoreModel
 from numpyro_rtk._user import name_of
 
 
@@ -56,7 +55,7 @@ def _default_density(score_fn: Any, event_shape: Any) -> AbstractLogDensity:
     return flow if math.prod(event_shape) <= flow.max_exact_dim else LineIntegral()
 
 
-class DiffusionPrior(dist.Distribution):
+class DiffusionPrior(PriorRecord):
     r"""A diffusion model as a NumPyro distribution.
 
     *Law.* `p_{t_min}`, the law of the data noised to `t_min`, the last time of the grid; under `OU()` that is
@@ -64,8 +63,15 @@ class DiffusionPrior(dist.Distribution):
     with its `num_steps`, and `log_prob` up to that of `density`. The two agree as far as `score_fn` is a
     score.
 
-    *Shapes.* `batch_shape` is `()`, use `expand` or a plate for more; `event_shape` is that of one event,
-    `()` for scalars. The support is real, so that every initialisation strategy works.
+    *Shapes.* `batch_shape` is `()`, use `expand` or a plate for more, or that of the conditions;
+    `event_shape` is that of one event, `()` for scalars. The support is real, so that every initialisation
+    strategy works.
+
+    *Conditions.* With `condition=c` the score is called as `score_fn(x, t, c)`, each element of the batch
+    with its own: `c` has shape `(*batch_shape, *one condition)`, and one condition `condition_ndims` axes. It
+    may be data, an argument of the model, or a latent. A latent condition is sampled by `RTKGibbs`, with any
+    network; by NUTS and HMC where the density is normalised, which they differentiate in the condition; and
+    by values in kernels without gradients. What is learnt for drawing is learnt of all conditions together.
 
     *Drawing.* `num_segments * reverse.evaluations_per_segment` score evaluations per draw, 96 by default. The
     first call of `sample` learns the curvature of every segment from 16 draws of a second-order predictor,
@@ -81,7 +87,10 @@ class DiffusionPrior(dist.Distribution):
     a line integral of the score. What each costs is on its own page. The score may depend on other values (a
     network's weights, arguments of the model). Where it depends on a latent of the model, a density that is
     not normalised is refused, and so is the derivative with respect to that latent, which NUTS asks for;
-    values of `ProbabilityFlow()` serve kernels that ask for values alone, such as `DiscreteGibbs`.
+    values of `ProbabilityFlow()` serve kernels that ask for values alone, such as `DiscreteGibbs`. A
+    `condition` is differentiated: that of a density which is not normalised is refused. The probability flow
+    is differentiated in it once for each of its coordinates, and measures its end at each value, by 96
+    evaluations.
 
     Args:
         score_fn: `score_fn(x, t)`: one event, scalar time, returns the score in the shape of `x`.
@@ -96,6 +105,8 @@ class DiffusionPrior(dist.Distribution):
             has a method `energy`, else the second where its trace is exact (up to 100 dimensions), else the
             third.
         batch_size: How many draws are made at a time; `None`: all that one call asks for. Draws are the same.
+        condition: What the score is conditioned on, shape `(*batch_shape, *one condition)`.
+        condition_ndims: Number of axes of one condition: 0 for scalars and labels.
         validate_args: As in every NumPyro distribution.
 
     Raises:
@@ -120,15 +131,19 @@ class DiffusionPrior(dist.Distribution):
         reverse: AbstractInnerKernel | None = None,
         density: AbstractLogDensity | None = None,
         batch_size: int | None = None,
+        condition: Any = None,
+        condition_ndims: int = 0,
         validate_args: bool | None = None,
     ) -> None:
         check_score_fn(score_fn)
         shape = check_event_shape(event_shape)
         if shape is None:
             raise TypeError("`event_shape` must be the shape of one event, such as `(10,)`, got None.")
+        condition, batch_shape = check_condition(condition, condition_ndims)
         dtype = jnp.result_type(float)
         x, t = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), dtype)
-        check_score_shape(score_fn, x, t, (), {}, in_model=True)
+        given = one_condition(condition, len(batch_shape))
+        check_score_shape(score_fn, x, t, (), {}, in_model=True, condition=given)
         schedule = schedule_or_assumed("DiffusionPrior", score_fn, schedule)
         times = resolve_segments(schedule, segments, DEFAULT_SEGMENTS)
         reverse = PreconditionedMALA() if reverse is None else reverse
@@ -140,91 +155,26 @@ class DiffusionPrior(dist.Distribution):
             raise TypeError(
                 f"`density` must be a log density such as `ProbabilityFlow()`, got {density!r}.{hint}"
             )
-        density.check(score_fn, schedule, shape)
-        self._parts = (score_fn, schedule, reverse, density)
+        if given:
+            zeros = jnp.zeros(given[0].shape, given[0].dtype)
+            density.check(resolve_score(score_fn).given(zeros), schedule, shape)
+        else:
+            density.check(score_fn, schedule, shape)
+        self._parts = (score_fn, schedule, reverse, density, condition)
         self._times = tuple(times.tolist())
         self._batch_size = check_batch_size(batch_size)
         self._latents = running_latents()
-        super().__init__((), shape, validate_args=validate_args)
+        super().__init__(batch_shape, shape, validate_args=validate_args)
 
     def __repr__(self) -> str:
+        condition = "" if self.condition is None else f", condition of shape {self.condition.shape}"
         batches = "" if self._batch_size is None else f", batch_size={self._batch_size}"
         return (
-            f"DiffusionPrior({name_of(self.score_fn)}, event_shape={self.event_shape}, "
+            f"DiffusionPrior({name_of(self.score_fn)}, event_shape={self.event_shape}{condition}, "
             f"schedule={shown(self.schedule)}, noise of sd {self.noise.data_sd:.3g} at "
             f"t_min={self._times[-1]:.3g}, segments={len(self._times) - 1}, reverse={self.reverse}, "
             f"density={self.density}, num_score_evals={self.num_score_evals}{batches})"
         )
-
-    @property
-    def score_fn(self) -> Any:
-        """The score callable."""
-        return self._parts[0]
-
-    @property
-    def schedule(self) -> AbstractNoiseSchedule:
-        """The noising process."""
-        return self._parts[1]
-
-    @property
-    def reverse(self) -> AbstractInnerKernel:
-        """The reverse kernel of a draw."""
-        return self._parts[2]
-
-    @property
-    def density(self) -> AbstractLogDensity:
-        """How `log_prob` is computed."""
-        return self._parts[3]
-
-    @property
-    def segment_times(self) -> np.ndarray:
-        """The time grid, shape `(num_segments + 1,)`, from noise to data."""
-        return np.asarray(self._times)
-
-    @property
-    def noise(self) -> NoiseRange:
-        """The noising process and its ends, which all kernels take from here."""
-        return NoiseRange(self.schedule, t_min=self._times[-1], t_max=self._times[0])
-
-    @property
-    def num_score_evals(self) -> int:
-        """Score evaluations per draw, without the pilot of each call of `sample`."""
-        return (len(self._times) - 1) * self.reverse.evaluations_per_segment
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All real arrays of the event's shape."""
-        return (
-            constraints.independent(constraints.real, self.event_dim) if self.event_dim else constraints.real
-        )
-
-    @property
-    def has_rsample(self) -> bool:
-        """`False`: draws are not differentiable."""
-        return False
-
-    # As a PyTree its leaves are the arrays of the score, the reverse kernel and the density; NumPyro's fields
-    # would make leaves of functions, which `jit` refuses.
-    def tree_flatten(self) -> Any:
-        """Arrays, and all the rest."""
-        leaves, structure = jax.tree.flatten(self._parts)
-        is_array = [eqx.is_array(leaf) for leaf in leaves]
-        arrays = tuple(leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic)
-        static = tuple(None if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True))
-        settings = (tuple(is_array), static, (self._times, self._batch_size))
-        return arrays, (structure, *settings, self.batch_shape, self.event_shape, self._validate_args)
-
-    @classmethod
-    def tree_unflatten(cls, aux_data: Any, params: Any) -> "DiffusionPrior":
-        """The inverse of `tree_flatten`; checks nothing, as JAX also puts placeholders in."""
-        structure, is_array, static, settings, batch_shape, event_shape, validate_args = aux_data
-        arrays = iter(params)
-        leaves = [next(arrays) if dynamic else leaf for dynamic, leaf in zip(is_array, static, strict=True)]
-        prior = cls.__new__(cls)
-        prior._parts = jax.tree.unflatten(structure, leaves)
-        (prior._times, prior._batch_size), prior._latents = settings, ()
-        prior._batch_shape, prior._event_shape, prior._validate_args = batch_shape, event_shape, validate_args
-        return prior
 
     def sample(self, key: RandomKey | None, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draw by reverse passes.
@@ -234,26 +184,28 @@ class DiffusionPrior(dist.Distribution):
             sample_shape: Shape of the batch of draws.
 
         Returns:
-            Draws of shape `(*sample_shape, *event_shape)`, in the default float dtype; NaN where a pass
-            failed.
+            Draws of shape `(*sample_shape, *batch_shape, *event_shape)`, in the default float dtype; NaN
+            where a pass failed.
         """
         assert key is not None
         assert is_prng_key(key)
         dtype = jnp.result_type(float)
         grid = noise_grid(self.schedule, self.segment_times, dtype)
         tuning, terminal = self._tuning(grid)
-        model = resolve_score(self.score_fn)
+        model, shape = self.model(), (*sample_shape, *self.batch_shape)
 
-        def draw(key: RandomKey) -> Event:
-            result = reverse_pass(key, model, grid, self.reverse, tuning, terminal)
+        def draw(inputs: tuple[RandomKey, Count]) -> Event:
+            key, event = inputs
+            result = reverse_pass(key, model.member(event), grid, self.reverse, tuning, terminal)
             return jnp.where(result.failed, jnp.nan, result.x)
 
-        keys = jr.split(key, math.prod(sample_shape))
+        num_draws = math.prod(shape)
+        inputs = (jr.split(key, num_draws), jnp.arange(num_draws))
         if self._batch_size is None:
-            draws = jax.jit(jax.vmap(draw))(keys)
+            draws = jax.jit(jax.vmap(draw))(inputs)
         else:
-            draws = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=self._batch_size))(keys)
-        return draws.reshape(*sample_shape, *self.event_shape)
+            draws = jax.jit(lambda inputs: jax.lax.map(draw, inputs, batch_size=self._batch_size))(inputs)
+        return draws.reshape(*shape, *self.event_shape)
 
     @validate_sample
     def log_prob(self, value: ArrayLike) -> Array:
@@ -271,6 +223,12 @@ class DiffusionPrior(dist.Distribution):
         x = self._events("log_prob", value)
         self._check_density(x.dtype)
         noise, density = self.noise, self.density
+        if self.condition is not None:
+
+            def log_density_given(x: Event, condition: Array) -> Array:
+                return log_density_with_score(density, self.score_fn, noise, x, self._latents, condition)
+
+            return self._over_batch(log_density_given, x)
         if density.needs_terminal:
             grid = noise_grid(self.schedule, self.segment_times, x.dtype)
             density = density.ending_in(learnt_of(self, grid).terminal)
@@ -299,7 +257,12 @@ class DiffusionPrior(dist.Distribution):
         """
         x = self._events("denoise", value)
         data = noise_grid(self.schedule, self.segment_times, x.dtype).level(-1)
-        return self._over_batch(lambda x: denoise_event(self.score_fn, data, x), x)
+        family = resolve_score(self.score_fn)
+
+        def denoise(x: Event, *given: Array) -> Event:
+            return denoise_event(family.given(*given) if given else family, data, x)
+
+        return self._over_batch(denoise, x)
 
     @property
     def denoise_sd(self) -> Array:
@@ -311,11 +274,11 @@ class DiffusionPrior(dist.Distribution):
         learnt = learnt_of(self, noise_grid(self.schedule, self.segment_times, dtype))
         kept = LEARNT.get(key_of(self, dtype))
         if kept is None:
-            return self.denoise_sd_of(learnt.draws)
+            return self._measured_sd(self.model(), learnt.draws)
         measured = kept.denoise_sd
         if measured is None:
             with jax.ensure_compile_time_eval():
-                measured = jax.jit(lambda: self.denoise_sd_of(learnt.draws))()
+                measured = jax.jit(lambda: self._measured_sd(self.model(), learnt.draws))()
             kept.denoise_sd = measured
         return measured
 
@@ -328,8 +291,12 @@ class DiffusionPrior(dist.Distribution):
         *Cost.* 16 score evaluations for each event.
         """
         x = self._events("denoise_sd_of", value)
-        data = noise_grid(self.schedule, self.segment_times, x.dtype).level(-1)
-        return measure_denoise_sd(jr.key(1), self.score_fn, data, x.reshape(-1, *self.event_shape))
+        batch = x.shape[: x.ndim - self.event_dim]
+        return self._measured_sd(self.model(batch), x.reshape(-1, *self.event_shape))
+
+    def _measured_sd(self, model: ScoreModel, draws: Array) -> Event:
+        data = noise_grid(self.schedule, self.segment_times, draws.dtype).level(-1)
+        return measure_denoise_sd(jr.key(1), model, data, draws)
 
     def clean_draws(self, key: RandomKey, draws: ArrayLike) -> Array:
         """Draws of clean data `x_0`, given draws with the noise of `t_min`, of the prior or of a posterior.
@@ -348,7 +315,8 @@ class DiffusionPrior(dist.Distribution):
         x = self._events("clean_draws", draws)
         events = x.reshape(-1, *self.event_shape)
         data = noise_grid(self.schedule, self.segment_times, x.dtype).level(-1)
-        return draw_clean(key, self.score_fn, data, events, self._batch_size).reshape(x.shape)
+        model = self.model(x.shape[: x.ndim - self.event_dim])
+        return draw_clean(key, model, data, events, self._batch_size).reshape(x.shape)
 
     def _events(self, method: str, value: ArrayLike) -> Array:
         """Checked values of shape `(*batch, *event_shape)`, floating point."""
@@ -363,15 +331,27 @@ class DiffusionPrior(dist.Distribution):
             )
         if x.dtype != jnp.result_type(float):
             event = jax.ShapeDtypeStruct(self.event_shape, x.dtype)
-            check_score_shape(self.score_fn, event, jax.ShapeDtypeStruct((), x.dtype), (), {}, in_model=True)
-        return x
+            given = one_condition(self.condition, len(self.batch_shape))
+            t = jax.ShapeDtypeStruct((), x.dtype)
+            check_score_shape(self.score_fn, event, t, (), {}, in_model=True, condition=given)
+        try:
+            batch = jnp.broadcast_shapes(x.shape[:num_batch], self.batch_shape)
+        except ValueError:
+            raise ValueError(
+                f"`DiffusionPrior.{method}` got a value of shape {x.shape} for events of shape "
+                f"{self.event_shape}, one for each `condition`, which has batch shape {self.batch_shape}."
+            ) from None
+        return x if batch == x.shape[:num_batch] else jnp.broadcast_to(x, batch + self.event_shape)
 
     def _over_batch(self, function: Any, x: Array) -> Array:
-        num_batch = x.ndim - self.event_dim
-        if num_batch == 0:
-            return function(x)
-        values = jax.vmap(function)(x.reshape(-1, *self.event_shape))
-        return values.reshape(*x.shape[:num_batch], *values.shape[1:])
+        """`function(event)`, or `function(event, condition)`, of values of shape `(*batch, *event_shape)`."""
+        batch = x.shape[: x.ndim - self.event_dim]
+        conditions = members(self.condition, self.batch_shape, batch)
+        given = () if conditions is None else (conditions,)
+        if not batch:
+            return function(x, *(one[0] for one in given))
+        values = jax.vmap(function)(x.reshape(-1, *self.event_shape), *given)
+        return values.reshape(*batch, *values.shape[1:])
 
     def _tuning(self, grid: NoiseGrid) -> tuple[Tuning, Terminal]:
         """What `RTKKernel` learns in warmup, from a pilot with a fixed key, and the terminal Gaussian."""
@@ -394,4 +374,7 @@ class DiffusionPrior(dist.Distribution):
             return
         kept.nodes.add(asked)
         with jax.ensure_compile_time_eval():
-            check_nodes(self.score_fn, density.reference, density.num_nodes, learnt.draws, self._times[-1])
+            # Draws are of the members in turn; lines are within one of them.
+            num_members = math.prod(self.batch_shape) if self.condition is not None else 1
+            member, draws = self.model().member(0), learnt.draws[::num_members]
+            check_nodes(member, density.reference, density.num_nodes, draws, self._times[-1])

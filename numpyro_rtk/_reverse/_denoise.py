@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
-from numpyro_rtk._custom_types import Event, RandomKey, ScoreFn
+from numpyro_rtk._custom_types import Count, Event, RandomKey, ScoreFn
 from numpyro_rtk._noising._grid import Level
+from numpyro_rtk._score._model import ScoreModel
 
 
 NUM_PROBES = 8
@@ -32,7 +33,9 @@ def denoise_event(score_fn: ScoreFn, data: Level, x: Event) -> Event:
     return (x + data.sigma**2 * score_fn(x, data.t)) / data.alpha
 
 
-def measure_denoise_sd(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Array) -> Event:
+def measure_denoise_sd(
+    key: RandomKey, score_fn: ScoreModel, data: Level, draws: Array, members: Array | None = None
+) -> Event:
     r"""Root of `E Var(x_0 | x_t)` by coordinate, at the level `data`.
 
     The conditional covariance of `x_0` is `(sigma / alpha)^2 (I + sigma^2 ds/dx)`, or `sigma^2 / alpha` times
@@ -50,24 +53,27 @@ def measure_denoise_sd(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Ar
         score_fn: The score.
         data: The level of the draws.
         draws: Draws at that level, shape `(draws, *event)`.
+        members: Which member of a family each is of, shape `(draws,)`; in turn unless given.
 
     Returns:
         Shape of an event, between 0 and `sigma / alpha`.
     """
 
-    def at_draw(inputs: tuple[RandomKey, Event]) -> Event:
-        key, x = inputs
+    def at_draw(inputs: tuple[RandomKey, Count, Event]) -> Event:
+        key, member, x = inputs
         step = PROBE_STEP * data.sigma
 
         def slope(key: RandomKey) -> Event:
             signs = jr.rademacher(key, x.shape, x.dtype)
-            ends = jax.vmap(lambda sign: denoise_event(score_fn, data, x + sign * step * signs))
+            score = score_fn.member(member)
+            ends = jax.vmap(lambda sign: denoise_event(score, data, x + sign * step * signs))
             above, below = ends(jnp.asarray([1.0, -1.0], x.dtype))
             return signs * (above - below) / (2 * step)
 
         return jnp.mean(jax.vmap(slope)(jr.split(key, NUM_PROBES)), axis=0)
 
-    slopes: Any = jax.lax.map(at_draw, (jr.split(key, draws.shape[0]), draws))
+    members = jnp.arange(draws.shape[0]) if members is None else members
+    slopes: Any = jax.lax.map(at_draw, (jr.split(key, draws.shape[0]), members, draws))
     variance = data.sigma**2 / data.alpha * _resolved(jnp.nanmean(slopes, axis=0))
     return jnp.sqrt(jnp.clip(variance, 0.0, (data.sigma / data.alpha) ** 2))
 
@@ -85,7 +91,9 @@ def _resolved(slopes: Event) -> Event:
     return jnp.where(unresolved, common, slopes)
 
 
-def draw_clean(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Array, batch_size: int | None) -> Array:
+def draw_clean(
+    key: RandomKey, score_fn: ScoreModel, data: Level, draws: Array, batch_size: int | None
+) -> Array:
     """Denoised draws and what denoising leaves open, measured at some of them noised anew: a network's slope
     at one draw is rough, and draws that resemble each other share it.
 
@@ -106,12 +114,17 @@ def draw_clean(key: RandomKey, score_fn: ScoreFn, data: Level, draws: Array, bat
     def normal(key: RandomKey, like: Array) -> Array:
         return jr.normal(key, like.shape, like.dtype)
 
-    mean = jax.lax.map(
-        lambda x: denoise_event(score_fn, data, x), draws, batch_size=batch_size or NUM_ERROR_DRAWS
-    )
+    def denoised(inputs: tuple[Count, Event]) -> Event:
+        member, x = inputs
+        return denoise_event(score_fn.member(member), data, x)
+
+    members = jnp.arange(draws.shape[0])
+    mean = jax.lax.map(denoised, (members, draws), batch_size=batch_size or NUM_ERROR_DRAWS)
     some = slice(None, None, -(-draws.shape[0] // NUM_ERROR_DRAWS))
-    first = measure_denoise_sd(error_key, score_fn, data, draws[some])
+    first = measure_denoise_sd(error_key, score_fn, data, draws[some], members[some])
     clean = jnp.resize(mean[some], (NUM_ERROR_DRAWS, *draws.shape[1:]))
     clean += first[None] * normal(clean_key, clean)
     again = data.alpha * clean + data.sigma * normal(noise_key, clean)
-    return mean + measure_denoise_sd(error_key, score_fn, data, again)[None] * normal(key, mean)
+    again_members = jnp.resize(members[some], (NUM_ERROR_DRAWS,))
+    sd = measure_denoise_sd(error_key, score_fn, data, again, again_members)
+    return mean + sd[None] * normal(key, mean)

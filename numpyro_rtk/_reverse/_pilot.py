@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array
 
-from numpyro_rtk._custom_types import Event, RandomKey
+from numpyro_rtk._custom_types import Count, Event, RandomKey
 from numpyro_rtk._noising._grid import Level, mean_prediction, noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import standard_terminal, Terminal
 from numpyro_rtk._noising._times import NoiseRange
@@ -83,7 +84,7 @@ def measure_terminal(
     def one_round(current: Terminal, _: None) -> tuple[Terminal, None]:
         sd = jnp.sqrt(current.variance)
         x = current.mean[None] + sd[None] * noise
-        change = floor * jax.vmap(lambda x: score_fn(x, level.t))(x)
+        change = floor * jnp.concatenate([score_fn.each(part, level.t) for part in jnp.split(x, 2)])
         shift = jnp.mean(change, axis=0)
         slope = jnp.clip(1 + jnp.sum(noise * change, axis=0) / (sd * jnp.sum(noise**2, axis=0)), 0.0, 1.0)
         rest = change - shift[None] - ((slope - 1) * sd)[None] * noise
@@ -100,6 +101,13 @@ def measure_terminal(
     return jax.tree.map(lambda measured, given: jnp.where(usable, measured, given), found, start)
 
 
+def terminal_of(score_fn: ScoreModel, noise: NoiseRange, shape: tuple[int, ...], dtype: Any) -> Terminal:
+    """`measure_terminal` with a fixed key: a property of the score."""
+    terminal_key, _ = jr.split(jr.key(0))
+    grid = noise_grid(noise.schedule, np.asarray([noise.t_max, noise.t_min]), dtype)
+    return measure_terminal(terminal_key, score_fn, grid, shape, MIN_TERMINAL_DRAWS)
+
+
 def prior_draws(
     key: RandomKey,
     score_fn: ScoreModel,
@@ -111,6 +119,7 @@ def prior_draws(
     """Approximate prior draws by the second-order predictor, which needs no tuning.
 
     `PILOT_SEGMENTS + TERMINAL_ROUNDS` evaluations a draw, with at least `MIN_TERMINAL_DRAWS` for the rounds.
+    Members of a family take turns; the terminal Gaussian is that of all of them together.
 
     Returns:
         Draws at `t_min`, shape `(num_draws, *event)`, and the terminal Gaussian that they start from.
@@ -122,10 +131,10 @@ def prior_draws(
     tuning = default_tuning(kernel, grid, shape)
     terminal = measure_terminal(terminal_key, score_fn, grid, shape, max(num_draws, MIN_TERMINAL_DRAWS))
 
-    def draw(key: RandomKey) -> Event:
-        return reverse_pass(key, score_fn, grid, kernel, tuning, terminal).x
+    def draw(key: RandomKey, index: Count) -> Event:
+        return reverse_pass(key, score_fn.member(index), grid, kernel, tuning, terminal).x
 
-    return jax.vmap(draw)(jr.split(draws_key, num_draws)), terminal
+    return jax.vmap(draw)(jr.split(draws_key, num_draws), jnp.arange(num_draws)), terminal
 
 
 def run_pilot(key: RandomKey, score_fn: ScoreModel, grid: NoiseGrid, draws: Array) -> Pilot:
@@ -142,7 +151,7 @@ def run_pilot(key: RandomKey, score_fn: ScoreModel, grid: NoiseGrid, draws: Arra
         key, level = inputs
         noise = jr.normal(key, draws.shape, draws.dtype)
         x = level.a * draws + jnp.sqrt(level.v) * noise
-        scores = jax.vmap(lambda x: score_fn(x, level.t))(x)
+        scores = score_fn.each(x, level.t)
         residuals = draws - jax.vmap(lambda x, score: mean_prediction(level, x, score))(x, scores)
         bound = 1 / level.sigma**2
         curvature = jnp.clip(_shrunk_mean_square(scores), MIN_RELATIVE_CURVATURE * bound, bound)

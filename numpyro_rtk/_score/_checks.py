@@ -122,33 +122,50 @@ def _same_process(one: AbstractNoiseSchedule, other: AbstractNoiseSchedule) -> b
 
 
 def check_score_shape(
-    score_fn: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_model: bool = False
+    score_fn: Any,
+    x: Any,
+    t: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    in_model: bool = False,
+    condition: tuple[Any, ...] = (),
 ) -> None:
     """Raise unless the score of one event has its shape and dtype. Traces the score; computes nothing.
 
-    A kernel passes the arguments of `MCMC.run` on to the score; a prior in a model has no further arguments.
+    A kernel passes the arguments of `MCMC.run` on to the score; a prior in a model has no further arguments
+    but its condition, of which `condition` has the shape and dtype.
     """
-    if in_model:
-        further, condition, cast = (
-            " and a scalar time",
-            "bind it: `lambda x, t: network(x, t, condition)`",
-            "",
+    cast, given = "", ""
+    if condition:
+        given = f", and a condition of shape {condition[0].shape} and dtype {condition[0].dtype}"
+        further = ", a scalar time and one condition"
+        advice = (
+            "If its condition has axes of its own, say how many: `condition_ndims=1` for a vector; if it "
+            "wants real numbers, cast them: `condition=c.astype(float)`"
+        )
+    elif in_model:
+        further = " and a scalar time"
+        advice = (
+            "If it wants a condition, give it one, `DiffusionPrior(..., condition=c)`, or bind it: "
+            "`lambda x, t: network(x, t, condition)`"
         )
     else:
         further = ", a scalar time and the further arguments of `MCMC.run`"
-        condition = "pass that to `MCMC.run(rng_key, condition)`"
+        advice = "If it wants a condition, pass that to `MCMC.run(rng_key, condition)`"
         cast = ", or start from `init_params` of its dtype"
     hint = (
-        f"It is called with one event{further}. If your network takes batches "
-        "only, wrap it: `BatchedNetwork(network)` (inside the adapter, if you use one). If it wants a "
-        "condition, "
-        f"{condition}; if it has dropout, switch it to inference mode."
+        f"It is called with one event{further}. If your network takes batches only, wrap it: "
+        f"`BatchedNetwork(network)` (inside the adapter, if you use one). {advice}; if it has dropout, "
+        "switch it to inference mode."
     )
     try:
-        score = eqx.filter_eval_shape(lambda x, t: score_fn(x, t, *args, **kwargs), x, t)
+        score = eqx.filter_eval_shape(
+            lambda x, t, *condition: score_fn(x, t, *condition, *args, **kwargs), x, t, *condition
+        )
     except Exception as error:
         raise ValueError(
-            f"`score_fn` failed on one event of shape {x.shape} and scalar t: {type(error).__name__}: "
+            f"`score_fn` failed on one event of shape {x.shape} and scalar t{given}: {type(error).__name__}: "
             f"{error}\n{hint}"
         ) from error
     if not isinstance(score, jax.ShapeDtypeStruct):
@@ -171,7 +188,8 @@ def first_call(model: ScoreModel, grid: NoiseGrid, shape: tuple[int, ...]) -> tu
     noise = top.sample(jr.key(0))
     ends = jnp.stack([noise, noise / jnp.sqrt(top.variance)])
     times = jnp.stack([grid.t[0], grid.t[-1]])
-    return ends, jax.vmap(lambda x, t: model(x, t))(ends, times)
+    first = model.member(0)
+    return ends, jax.vmap(lambda x, t: first(x, t))(ends, times)
 
 
 def check_first_call(called: tuple[Array, Array], grid: NoiseGrid) -> None:

@@ -171,6 +171,7 @@ def hoist(
     t: Any,
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
+    conditions: Any = None,
 ) -> tuple[HoistedArrays, Callable[[Any], ScoreModel]]:
     """Separate the arrays of a score callable from the rest.
 
@@ -184,13 +185,18 @@ def hoist(
         t: Shape and dtype of the time.
         args: Further positional arguments; they are not hoisted.
         kwargs: Further keyword arguments.
+        conditions: Of a family `score_fn(x, t, condition)`, shape `(members, *condition)`; not hoisted: they
+            belong to the arguments of a model.
 
     Returns:
         The arrays, each once, and a function that makes the model, arguments bound, of arrays like them.
     """
     kwargs = {} if kwargs is None else kwargs
     methods = score_methods(jax.tree.map(_without_jit, score_fn))
-    leaves, structure = jax.tree.flatten([_convert(method, x, t, args, kwargs) for method in methods])
+    one = () if conditions is None else (conditions[0],)
+    leaves, structure = jax.tree.flatten(
+        [_convert(method, x, t, (*one, *args), kwargs) for method in methods]
+    )
     keys = [
         (fingerprint_of(leaf), id(leaf) if isinstance(leaf, Tracer) else 0) if _is_array(leaf) else None
         for leaf in leaves
@@ -203,6 +209,6 @@ def hoist(
         filled = [
             leaf if key is None else arrays[position[key]] for key, leaf in zip(keys, leaves, strict=True)
         ]
-        return bind_score(jax.tree.unflatten(structure, filled), args, kwargs)
+        return bind_score(jax.tree.unflatten(structure, filled), args, kwargs, conditions)
 
     return HoistedArrays(found, fingerprint_of(found)), rebuild

@@ -73,16 +73,18 @@ def reverse(
 
         def one(
             key: RandomKey,
+            index: Count,
             x: Array,
             score: Array,
             site: SiteLaw = site,
             segment: Any = segment,
             tuning: Any = tuning,
         ) -> Any:
-            target = ReverseTransition(site.score_fn, x, score, segment)
+            target = ReverseTransition(site.score_fn.member(index), x, score, segment)
             return posterior.kernel.run_segment(key, target, first_entry(x), tuning)
 
-        result = jax.vmap(one)(jr.split(key, site.batch_size), x, score)
+        keys, events = jr.split(key, site.batch_size), jnp.arange(site.batch_size)
+        result = jax.vmap(one)(keys, events, x, score)
         xs.append(result.x)
         scores.append(result.score)
         accept += jnp.mean(result.accept_prob) / len(posterior.sites)

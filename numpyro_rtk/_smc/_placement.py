@@ -52,8 +52,8 @@ def transition_difficulty(key: RandomKey, score_fn: ScoreModel, candidates: Nois
         noise_key, probe_key = jr.split(key)
         x = level.a * draws + jnp.sqrt(level.v) * jr.normal(noise_key, draws.shape, draws.dtype)
         direction = jr.normal(probe_key, draws.shape, draws.dtype)
-        scores = jax.vmap(lambda x: score_fn(x, t))
-        change = sigma / PROBE * (scores(x + PROBE * sigma * direction) - scores(x))
+        moved = x + PROBE * sigma * direction
+        change = sigma / PROBE * (score_fn.each(moved, t) - score_fn.each(x, t))
         # Least squares, so that the deviation of a Gaussian of independent coordinates is 0 and not the
         # probes' own scatter.
         slope = jnp.sum(direction * change, axis=0) / jnp.sum(direction**2, axis=0)

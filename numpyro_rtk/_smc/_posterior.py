@@ -140,12 +140,10 @@ class Posterior:
         for i, (site, part) in enumerate(zip(self.sites, self.events(x), strict=True)):
             t, model = site.grid.t[level], site.score_fn
             if self.has_energy:
-                assert model.energy_and_score is not None
-                both = model.energy_and_score
-                energies, score = jax.vmap(lambda x, both=both, t=t: both(x, t))(part)
+                energies, score = model.each_with_energy(part, t)
                 energy += self.elements.sum_events(i, energies)
             else:
-                score = jax.vmap(lambda x, model=model, t=t: model(x, t))(part)
+                score = model.each(part, t)
             scores.append(score)
         return self.flat(scores), energy
 

@@ -14,6 +14,7 @@ from numpyro_rtk._noising._grid import noise_grid
 from numpyro_rtk._noising._times import noise_range, segment_times
 from numpyro_rtk._reverse._calibration import calibrate, Calibration
 from numpyro_rtk._reverse._pilot import prior_draws, run_pilot
+from numpyro_rtk._score._model import resolve_score
 
 
 NUM_LEVELS = 24
@@ -36,8 +37,9 @@ def found(score_fn, schedule, shape, num_draws=128, seed=0):
 
     def measure():
         noise = noise_range(schedule)
-        draws, _ = prior_draws(draw_key, score_fn, noise, shape, jnp.float32, num_draws)
-        return run_pilot(pilot_key, score_fn, noise_grid(schedule, times, jnp.float32), draws).calibration
+        model = resolve_score(score_fn)
+        draws, _ = prior_draws(draw_key, model, noise, shape, jnp.float32, num_draws)
+        return run_pilot(pilot_key, model, noise_grid(schedule, times, jnp.float32), draws).calibration
 
     subject = Subject("`score_fn`", str(schedule))
     return check_pilot(jax.jit(measure)(), times, int(np.prod(shape)), subject), times
@@ -132,11 +134,11 @@ def test_a_scale_at_one_level_is_found_there():
     def wrong(x, t):
         return jnp.where(t == levels.t[3], 1.3, 1.0) * score(x, t)
 
-    calibration = run_pilot(jr.key(1), wrong, levels, draws).calibration
+    calibration = run_pilot(jr.key(1), resolve_score(wrong), levels, draws).calibration
     (finding,) = check_pilot(calibration, times, 20, Subject("`score_fn`", "VE()"))
     assert finding.index == 3
     assert finding.number == pytest.approx(1 / 1.3, abs=0.05)
-    right = run_pilot(jr.key(1), score, levels, draws).calibration
+    right = run_pilot(jr.key(1), resolve_score(score), levels, draws).calibration
     assert check_pilot(right, times, 20, Subject("`score_fn`", "VE()")) == []
 
 

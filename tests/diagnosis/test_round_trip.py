@@ -143,7 +143,7 @@ def test_a_broken_reverse_kernel_is_named_also_where_segments_are_short():
     def broken(x, t):
         return jnp.where(t < 0.9 * middle, 0.0, 1.0) * mixture(x, t)
 
-    (finding,) = checked(trip._replace(score_fn=broken), times, draws)
+    (finding,) = checked(trip._replace(score_fn=resolve_score(broken)), times, draws)
     assert finding.index >= 10
 
 
@@ -151,7 +151,8 @@ def test_travellers_are_noised_draws_and_cost_what_is_said():
     mixture = two_modes(rtk.OU())
     trip, _, draws = trip_of(mixture, rtk.PreconditionedMALA(), 8)
     counter = Counter(mixture)
-    got = jax.jit(lambda: travel(jr.key(0), trip._replace(score_fn=counter), draws, jnp.asarray(3)))()
+    trip = trip._replace(score_fn=resolve_score(counter))
+    got = jax.jit(lambda: travel(jr.key(0), trip, draws, jnp.asarray(3)))()
     assert counter.count == 128 * (trip.inner.evaluations_per_segment + 1)
     assert np.all(got.usable)
     s = trip.grid.t[4]

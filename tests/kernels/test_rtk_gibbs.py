@@ -235,7 +235,7 @@ def test_starts_of_vectorized_chains_are_checked():
 def test_signature_shows_the_options():
     shown = inspect.signature(RTKGibbs).parameters
     options = inspect.signature(RTKParticleGibbs).parameters
-    assert list(shown) == ["inner_kernel", *list(options)[1:]]
+    assert list(shown) == ["inner_kernel", "path_segments", *list(options)[1:]]
     assert all(shown[name].default == options[name].default for name in list(options)[1:])
 
 

@@ -12,6 +12,7 @@ import numpyro_rtk as rtk
 from numpyro_rtk._noising._grid import noise_grid
 from numpyro_rtk._noising._terminal import standard_terminal
 from numpyro_rtk._reverse._pilot import measure_terminal, TERMINAL_ROUNDS
+from numpyro_rtk._score._model import resolve_score
 from tests.helpers import Counter
 
 
@@ -39,7 +40,9 @@ def gaussian(schedule):
 
 def measure(score_fn, schedule, shape=(3,), num_draws=NUM_DRAWS):
     grid = grid_of(schedule)
-    return jax.jit(lambda key: measure_terminal(key, score_fn, grid, shape, num_draws))(jr.key(0))
+    return jax.jit(lambda key: measure_terminal(key, resolve_score(score_fn), grid, shape, num_draws))(
+        jr.key(0)
+    )
 
 
 def distance(terminal, schedule, mean, variance):

@@ -27,6 +27,7 @@ from numpyro_rtk._reverse._pilot import (
     run_pilot,
     TERMINAL_ROUNDS,
 )
+from numpyro_rtk._score._model import resolve_score
 from numpyro_rtk._smc._placement import (
     EVEN_SHARE,
     MAX_PROBES,
@@ -132,7 +133,7 @@ def pilot(name, num_draws=4000):
     draws = jnp.asarray(
         mean + np.sqrt(variance) * np.random.default_rng(0).standard_normal((num_draws, 3)), jnp.float32
     )
-    measure = jax.jit(lambda draws: run_pilot(jr.key(0), score, grid, draws))
+    measure = jax.jit(lambda draws: run_pilot(jr.key(0), resolve_score(score), grid, draws))
     return grid.levels, variance, draws, measure(draws)
 
 
@@ -160,13 +161,17 @@ def test_the_pilot_costs_one_evaluation_per_draw_and_level():
     schedule = rtk.OU()
     score = Counter(gaussian(schedule)[0])
     grid = noise_grid(schedule, segment_times(schedule, NUM_SEGMENTS), jnp.float32)
-    jax.block_until_ready(jax.jit(lambda draws: run_pilot(jr.key(0), score, grid, draws))(jnp.ones((5, 3))))
+    jax.block_until_ready(
+        jax.jit(lambda draws: run_pilot(jr.key(0), resolve_score(score), grid, draws))(jnp.ones((5, 3)))
+    )
     assert score.count == 5 * (NUM_SEGMENTS + 1)
 
 
 def test_prior_draws_cost_forty_evaluations_each_and_those_of_the_terminal():
     score = Counter(gaussian(rtk.OU())[0])
-    draws, terminal = prior_draws(jr.key(0), score, noise_range(rtk.OU()), (3,), jnp.float32, 2)
+    draws, terminal = prior_draws(
+        jr.key(0), resolve_score(score), noise_range(rtk.OU()), (3,), jnp.float32, 2
+    )
     assert draws.shape == (2, 3)
     assert isinstance(terminal, Terminal)
     assert terminal.mean.shape == terminal.variance.shape == (3,)
@@ -221,7 +226,9 @@ def difficulty_of(score, schedule, dim, num_draws=MAX_PROBES):
     candidates = candidate_grid(noise_range(schedule), NUM_SEGMENTS, jnp.float32)
     draws = score.sample(jr.key(0), num_draws, schedule.t_min)
     assert draws.shape == (num_draws, dim)
-    difficulty = jax.jit(lambda draws: transition_difficulty(jr.key(1), score, candidates, draws))(draws)
+    difficulty = jax.jit(
+        lambda draws: transition_difficulty(jr.key(1), resolve_score(score), candidates, draws)
+    )(draws)
     return candidates, np.asarray(difficulty)
 
 
@@ -271,7 +278,7 @@ def test_difficulty_costs_two_evaluations_per_draw_and_probed_level():
     score = Counter(gaussian(rtk.OU())[0])
     candidates = candidate_grid(noise_range(rtk.OU()), NUM_SEGMENTS, jnp.float32)
     assert candidates.t.size == NUM_CANDIDATES + 1
-    probe = jax.jit(lambda draws: transition_difficulty(jr.key(0), score, candidates, draws))
+    probe = jax.jit(lambda draws: transition_difficulty(jr.key(0), resolve_score(score), candidates, draws))
     jax.block_until_ready(probe(jnp.ones((5, 3))))
     assert score.count == 2 * 5 * NUM_PROBED_LEVELS
     jax.block_until_ready(probe(jnp.ones((MAX_PROBES + 10, 3))))
@@ -281,8 +288,7 @@ def test_difficulty_costs_two_evaluations_per_draw_and_probed_level():
 def test_a_failing_network_does_not_spoil_the_difficulty():
     schedule = rtk.OU()
     candidates = candidate_grid(noise_range(schedule), NUM_SEGMENTS, jnp.float32)
-    difficulty = transition_difficulty(
-        jr.key(0), lambda x, t: jnp.where(t < 0.5, jnp.nan, -(x**3)), candidates, jnp.ones((4, 2))
-    )
+    failing = resolve_score(lambda x, t: jnp.where(t < 0.5, jnp.nan, -(x**3)))
+    difficulty = transition_difficulty(jr.key(0), failing, candidates, jnp.ones((4, 2)))
     assert np.all(np.isfinite(difficulty))
     assert np.any(np.asarray(difficulty) > 0)
