@@ -35,16 +35,16 @@ with warnings.catch_warnings():
 
 SCHEDULE = rtk.OU()
 BINS = np.linspace(-3.0, 3.0, 24)
-SPECTRUM_SD, NOISE_SD = 0.1, 0.5
+SPECTRUM_SD, NOISE_SD = 0.3, 0.3
 MU, TAU = 0.5, 0.6
 
 
 def lines(redshift):
     """Mean spectra of both kinds at one redshift, shape `(2, bins)`: one line, or two."""
-    one = jnp.exp(-0.5 * ((BINS - redshift) / 0.35) ** 2)
+    one = jnp.exp(-0.5 * ((BINS - redshift) / 0.5) ** 2)
     two = 0.7 * (
-        jnp.exp(-0.5 * ((BINS - redshift - 0.7) / 0.35) ** 2)
-        + jnp.exp(-0.5 * ((BINS - redshift + 0.7) / 0.35) ** 2)
+        jnp.exp(-0.5 * ((BINS - redshift - 0.9) / 0.5) ** 2)
+        + jnp.exp(-0.5 * ((BINS - redshift + 0.9) / 0.5) ** 2)
     )
     return jnp.stack([one, two])
 
