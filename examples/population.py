@@ -1,7 +1,7 @@
 """A population of objects, each with a diffusion prior conditional on its own unknown redshift.
 
 Spectra have one line or two, at a place that the redshift sets. The prior knows them by its conditional score
-alone. Twelve noisy spectra are observed; their redshifts, and the mean and spread of the population that they
+alone. Eight noisy spectra are observed; their redshifts, and the mean and spread of the population that they
 come from, are unknown. Here scores are exact, so that the posterior of the population is known by quadrature.
 
     python examples/population.py --output demo-output
@@ -124,7 +124,7 @@ def main():
     parser.add_argument("--small", action="store_true", help="few objects and draws, to see that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    num_objects, num_warmup, num_samples = (3, 5, 10) if options.small else (12, 200, 300)
+    num_objects, num_warmup, num_samples = (3, 5, 10) if options.small else (8, 150, 250)
     redshift, spectra, y = simulate(jr.key(1), num_objects)
     mcmc = MCMC(
         rtk.RTKGibbs(NUTS(model)),

@@ -14,6 +14,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_rtk._numpyro._dependent import refuse_dependent
 from numpyro_rtk._numpyro._tracing import traced_sites, unwrap_prior
+from numpyro_rtk._prior._conditions import refuse_not_finite
 from numpyro_rtk._prior._prior import DiffusionPrior
 
 
@@ -150,6 +151,9 @@ def inspect_model(
             "kernel."
         )
     conditions = refuse_dependent(owner, model, args, kwargs)
+    for site in diffusion:
+        if site.conditions is not None and site.name not in conditions:
+            refuse_not_finite(f"The `condition` of diffusion site {site.name!r}", site.conditions)
     for name, latents in conditions.items():
         diffuse = [latent for latent in latents if latent in seen]
         if diffuse:

@@ -18,6 +18,7 @@ from numpyro.infer.initialization import init_to_sample
 from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
+from numpyro_rtk._prior._conditions import AT_PLACEHOLDERS
 from numpyro_rtk._prior._prior import DiffusionPrior
 from numpyro_rtk._reverse._path import path_log_density, PathGrid
 from numpyro_rtk._score._hoist import hoist, TRACED
@@ -192,11 +193,14 @@ def traced_sites(
     seeded = handlers.seed(_LeaveOut(model, seen), rng_key)
     given: Any = {"substitute_fn": _placeholder} if values is None else {"data": values}
     with numpyro.validation_enabled(False):
+        token = AT_PLACEHOLDERS.set(True)
         try:
             return handlers.trace(handlers.substitute(seeded, **given)).get_trace(*args, **kwargs), seen
         except ValueError as error:
             refuse_misfit(error)
             raise
+        finally:
+            AT_PLACEHOLDERS.reset(token)
 
 
 def refuse_misfit(error: ValueError) -> None:

@@ -1,6 +1,7 @@
 """What a conditional prior is conditioned on: one condition for each element of its batch."""
 
 import math
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -8,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
+
+
+AT_PLACEHOLDERS: ContextVar[bool] = ContextVar("AT_PLACEHOLDERS", default=False)
+"""Whether a model is traced at placeholders of diffusion sites: what depends on them may be no number."""
 
 
 def check_condition(condition: Any, condition_ndims: Any) -> tuple[Array | None, tuple[int, ...]]:
@@ -46,11 +51,22 @@ def check_condition(condition: Any, condition_ndims: Any) -> tuple[Array | None,
         )
     if array.size == 0:
         raise ValueError(f"`condition` has shape {array.shape}: there is no condition in it.")
-    if not isinstance(array, Tracer) and jnp.issubdtype(array.dtype, jnp.inexact):
-        bad = int(np.sum(~np.isfinite(np.asarray(array))))
-        if bad:
-            raise ValueError(f"`condition` has NaN or infinity ({bad} of {array.size} values).")
+    if not AT_PLACEHOLDERS.get():
+        refuse_not_finite("`condition`", array)
     return array, array.shape[: array.ndim - condition_ndims]
+
+
+def refuse_not_finite(what: str, condition: Array) -> None:
+    """Raise for a condition with NaN or infinity; silent under a trace.
+
+    Args:
+        what: What it is called in the message.
+        condition: Of one event or of many.
+    """
+    if not isinstance(condition, Tracer) and jnp.issubdtype(condition.dtype, jnp.inexact):
+        bad = int(np.sum(~np.isfinite(np.asarray(condition))))
+        if bad:
+            raise ValueError(f"{what} has NaN or infinity ({bad} of {condition.size} values).")
 
 
 def one_condition(condition: Array | None, num_batch: int) -> tuple[Any, ...]:

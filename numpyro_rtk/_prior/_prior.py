@@ -18,7 +18,7 @@ from numpyro_rtk._noising._base import AbstractNoiseSchedule
 from numpyro_rtk._noising._grid import noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import DEFAULT_SEGMENTS, resolve_segments
-from numpyro_rtk._prior._conditions import check_condition, members, one_condition
+from numpyro_rtk._prior._conditions import check_condition, one_condition
 from numpyro_rtk._prior._density import (
     AbstractLogDensity,
     EnergyDensity,
@@ -162,7 +162,7 @@ class DiffusionPrior(PriorRecord):
             density.check(score_fn, schedule, shape)
         self._parts = (score_fn, schedule, reverse, density, condition)
         self._times = tuple(times.tolist())
-        self._batch_size = check_batch_size(batch_size)
+        self._batch_size, self._condition_ndims = check_batch_size(batch_size), int(condition_ndims)
         self._latents = running_latents()
         super().__init__(batch_shape, shape, validate_args=validate_args)
 
@@ -283,7 +283,8 @@ class DiffusionPrior(PriorRecord):
         return measured
 
     def denoise_sd_of(self, value: ArrayLike) -> Array:
-        """The same over draws that you have, shape `(*batch, *event_shape)`: root mean square over the batch.
+        """The same over draws that you have, shape `(*batch, *event_shape)`: root mean square over the batch,
+        all conditions together.
 
         How much noise hides depends on where `x` is, so that the draws of a posterior have an error of their
         own. A few dozen of them do.
@@ -306,17 +307,29 @@ class DiffusionPrior(PriorRecord):
         noised anew: a network's slope at one draw is rough, and what draws have in common, as those of a
         short chain, does not average out.
 
-        *Cost.* One score evaluation for each draw, and at most 1,024 more.
+        *Cost.* One score evaluation for each draw, and at most 1,024 more; of those, for each condition.
 
         Args:
             key: Random key.
             draws: Shape `(*batch, *event_shape)`, all of the same law: of one member of a plate, not of all.
+                With a batch of conditions, shape `(*batch, *batch_shape, *event_shape)`: each has its own.
         """
         x = self._events("clean_draws", draws)
-        events = x.reshape(-1, *self.event_shape)
         data = noise_grid(self.schedule, self.segment_times, x.dtype).level(-1)
-        model = self.model(x.shape[: x.ndim - self.event_dim])
-        return draw_clean(key, model, data, events, self._batch_size).reshape(x.shape)
+        num_batch = x.ndim - self.event_dim
+        own = x.shape[num_batch - len(self.batch_shape) : num_batch] if self.condition is not None else ()
+        model, num_members = self.model(own), math.prod(own)
+
+        def of_member(inputs: tuple[RandomKey, Count, Array]) -> Array:
+            key, member, events = inputs
+            return draw_clean(key, model.member(member), data, events, self._batch_size)
+
+        if num_members == 1:
+            clean = of_member((key, jnp.zeros((), int), x.reshape(-1, *self.event_shape)))
+            return clean.reshape(x.shape)
+        events = jnp.moveaxis(x.reshape(-1, num_members, *self.event_shape), 1, 0)
+        clean = jax.lax.map(of_member, (jr.split(key, num_members), jnp.arange(num_members), events))
+        return jnp.moveaxis(clean, 0, 1).reshape(x.shape)
 
     def _events(self, method: str, value: ArrayLike) -> Array:
         """Checked values of shape `(*batch, *event_shape)`, floating point."""
@@ -346,7 +359,7 @@ class DiffusionPrior(PriorRecord):
     def _over_batch(self, function: Any, x: Array) -> Array:
         """`function(event)`, or `function(event, condition)`, of values of shape `(*batch, *event_shape)`."""
         batch = x.shape[: x.ndim - self.event_dim]
-        conditions = members(self.condition, self.batch_shape, batch)
+        conditions = self.model(batch).conditions
         given = () if conditions is None else (conditions,)
         if not batch:
             return function(x, *(one[0] for one in given))

@@ -23,6 +23,7 @@ class PriorRecord(dist.Distribution):
     _parts: tuple[Any, ...]
     _times: tuple[float, ...]
     _batch_size: int | None
+    _condition_ndims: int
     _latents: tuple[Any, ...]
 
     @property
@@ -80,6 +81,13 @@ class PriorRecord(dist.Distribution):
     def model(self, batch_shape: tuple[int, ...] | None = None) -> ScoreModel:
         """The score of every event of a batch, its own unless given, which conditions are broadcast to."""
         batch_shape = self.batch_shape if batch_shape is None else batch_shape
+        ndims = len(self.batch_shape) + self._condition_ndims
+        if self.condition is not None and self.condition.ndim != ndims:
+            raise ValueError(
+                f"The `condition` of a `DiffusionPrior` has shape {self.condition.shape}, other axes than when it "
+                "was made: it was made under `jax.vmap` and is used outside, with another batch shape. Give it "
+                "a batch of conditions instead."
+            )
         conditions = members(self.condition, self.batch_shape, batch_shape)
         return resolve_score(self.score_fn, conditions=conditions)
 
@@ -91,7 +99,7 @@ class PriorRecord(dist.Distribution):
         is_array = [eqx.is_array(leaf) for leaf in leaves]
         arrays = tuple(leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic)
         static = tuple(None if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True))
-        settings = (tuple(is_array), static, (self._times, self._batch_size))
+        settings = (tuple(is_array), static, (self._times, self._batch_size, self._condition_ndims))
         return arrays, (structure, *settings, self.batch_shape, self.event_shape, self._validate_args)
 
     @classmethod
@@ -102,6 +110,7 @@ class PriorRecord(dist.Distribution):
         leaves = [next(arrays) if dynamic else leaf for dynamic, leaf in zip(is_array, static, strict=True)]
         prior = cls.__new__(cls)
         prior._parts = jax.tree.unflatten(structure, leaves)
-        (prior._times, prior._batch_size), prior._latents = settings, ()
+        prior._times, prior._batch_size, prior._condition_ndims = settings
+        prior._latents = ()
         prior._batch_shape, prior._event_shape, prior._validate_args = batch_shape, event_shape, validate_args
         return prior

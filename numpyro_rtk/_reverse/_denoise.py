@@ -114,17 +114,12 @@ def draw_clean(
     def normal(key: RandomKey, like: Array) -> Array:
         return jr.normal(key, like.shape, like.dtype)
 
-    def denoised(inputs: tuple[Count, Event]) -> Event:
-        member, x = inputs
-        return denoise_event(score_fn.member(member), data, x)
-
-    members = jnp.arange(draws.shape[0])
-    mean = jax.lax.map(denoised, (members, draws), batch_size=batch_size or NUM_ERROR_DRAWS)
+    mean = jax.lax.map(
+        lambda x: denoise_event(score_fn, data, x), draws, batch_size=batch_size or NUM_ERROR_DRAWS
+    )
     some = slice(None, None, -(-draws.shape[0] // NUM_ERROR_DRAWS))
-    first = measure_denoise_sd(error_key, score_fn, data, draws[some], members[some])
+    first = measure_denoise_sd(error_key, score_fn, data, draws[some])
     clean = jnp.resize(mean[some], (NUM_ERROR_DRAWS, *draws.shape[1:]))
     clean += first[None] * normal(clean_key, clean)
     again = data.alpha * clean + data.sigma * normal(noise_key, clean)
-    again_members = jnp.resize(members[some], (NUM_ERROR_DRAWS,))
-    sd = measure_denoise_sd(error_key, score_fn, data, again, again_members)
-    return mean + sd[None] * normal(key, mean)
+    return mean + measure_denoise_sd(error_key, score_fn, data, again)[None] * normal(key, mean)

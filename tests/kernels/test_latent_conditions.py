@@ -15,6 +15,8 @@ from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKGibbs, RTKParticleGibbs, ScoreHMC
+from numpyro_rtk._numpyro._latent_conditions import draw_conditions
+from numpyro_rtk._numpyro._sites import inspect_model
 from tests.helpers import Counter
 
 
@@ -158,11 +160,10 @@ def test_a_place_and_a_scale():
         return likelihood + stats.norm.logpdf(c) + stats.norm.logpdf(u, 0, 0.5)
 
     right = grid_moments(log_density, np.linspace(-2, 3, 401), np.linspace(-1.5, 1.5, 401))
-    draws = run(RTKGibbs(NUTS(place_and_scale), **OPTIONS), jnp.asarray(y, jnp.float32)).get_samples(True)[
-        "c"
-    ]
-    for i in range(2):
-        assert check(draws[..., i], *right[i]) > 200
+    kernel = RTKGibbs(NUTS(place_and_scale), **OPTIONS)
+    draws = run(kernel, jnp.asarray(y, jnp.float32)).get_samples(True)
+    for name, moments in zip(("place", "scale"), right, strict=True):
+        assert check(draws[name], *moments) > 200
 
 
 @pytest.mark.slow
@@ -315,6 +316,30 @@ def test_a_network_without_a_derivative_in_its_condition():
 
     with pytest.raises(ValueError, match="'x' is not differentiable in its `condition`, which"):
         RTKGibbs(NUTS(model), guidance="mean", **OPTIONS).init(jr.key(0), 10, None, (Y2,), {})
+
+
+def test_a_condition_that_is_no_number_at_placeholders():
+    """Models are looked at where diffusion sites have placeholders: a rate that they give may be negative."""
+
+    def model(y):
+        rate = numpyro.sample("rate", DiffusionPrior(lambda x, t: -x, (), OU))
+        c = numpyro.sample("c", dist.Gamma(2.0, rate))
+        x = numpyro.sample("x", DiffusionPrior(located, (2,), OU, condition=c))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    for key in range(4):
+        found = inspect_model("RTKGibbs", model, jr.key(key), (Y2,), {})
+        assert found.conditions == {"x": ("c",)}
+    conditions = draw_conditions(model, ("x",), (Y2,), {})["x"]
+    assert conditions.shape == (16,)
+    assert np.all(np.isfinite(np.asarray(conditions)))
+
+    def data(y, c):
+        x = numpyro.sample("x", DiffusionPrior(located, (2,), OU, condition=c))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="`condition` of diffusion site 'x' has NaN"):
+        inspect_model("RTKGibbs", data, jr.key(0), (Y2, jnp.asarray(jnp.nan)), {})
 
 
 def test_too_few_segments_of_a_path():

@@ -106,6 +106,23 @@ def test_denoising_by_condition():
     assert prior.clean_draws(jr.key(1), x).shape == x.shape
 
 
+def test_clean_draws_have_the_error_of_their_condition():
+    """A narrow law hides less under noise than a wide one: `sd sigma / sqrt(sd^2 alpha^2 + sigma^2)`."""
+    scaled = lambda x, t, c: -x / (OU.alpha(t) ** 2 * jnp.exp(2 * c) + OU.sigma(t) ** 2)
+    c = jnp.array([-4.0, 0.0, 0.0])
+    prior = DiffusionPrior(scaled, (4,), OU, condition=c)
+    x = prior.sample(jr.key(0), (320,))
+    got = (prior.clean_draws(jr.key(1), x) - prior.denoise(x)).std(axis=(0, 2))
+    sd = np.exp(np.asarray(c, np.float64))
+    np.testing.assert_allclose(got, sd * SIGMA / np.sqrt(sd**2 * ALPHA**2 + SIGMA**2), rtol=0.1)
+
+
+def test_a_prior_made_under_vmap_is_refused_outside():
+    prior = jax.vmap(lambda c: DiffusionPrior(located, (2,), OU, condition=c))(C)
+    with pytest.raises(ValueError, match=r"made under `jax.vmap`"):
+        prior.log_prob(jnp.zeros(2))
+
+
 def in_a_plate(y, c):
     with numpyro.plate("objects", 3):
         x = numpyro.sample("x", DiffusionPrior(located, (2,), OU, condition=c))
