@@ -84,9 +84,9 @@ class PriorRecord(dist.Distribution):
         ndims = len(self.batch_shape) + self._condition_ndims
         if self.condition is not None and self.condition.ndim != ndims:
             raise ValueError(
-                f"The `condition` of a `DiffusionPrior` has shape {self.condition.shape}, other axes than when it "
-                "was made: it was made under `jax.vmap` and is used outside, with another batch shape. Give it "
-                "a batch of conditions instead."
+                f"The `condition` of a `DiffusionPrior` has shape {self.condition.shape}, other axes than "
+                "when it was made: it was made under `jax.vmap` and is used outside, where its batch shape "
+                "is another. Give it a batch of conditions instead."
             )
         conditions = members(self.condition, self.batch_shape, batch_shape)
         return resolve_score(self.score_fn, conditions=conditions)
