@@ -28,7 +28,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 50, 1000)
 
 
-LONG = ("test_calibration", "test_particle_gibbs", "test_rtk_gibbs", "test_score_hmc", "test_joint")
+LONG = (
+    "test_calibration",
+    "test_particle_gibbs",
+    "test_rtk_gibbs",
+    "test_latent_conditions",
+    "test_score_hmc",
+    "test_joint",
+)
 
 
 def pytest_collection_modifyitems(items):
