@@ -39,9 +39,11 @@ def refresh_blocks(kernel: Any, state: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def refuse_nested(kernel: MCMCKernel) -> None:
-    """Raises:
-    TypeError: for a NumPyro `Gibbs` among the blocks of another, at any depth: the outer one does not
-        refresh it, so that it would go on with the energy of values that are gone.
+    """Refuse what NumPyro does not refresh.
+
+    Raises:
+        TypeError: for a NumPyro `Gibbs` among the blocks of another, at any depth: it would go on with the
+            energy of values that are gone.
     """
     if not isinstance(kernel, Gibbs):
         return

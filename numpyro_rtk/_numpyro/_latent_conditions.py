@@ -93,7 +93,8 @@ def path_evaluations(kernel: Any, state: Any) -> Array:
             for (block, _), own in zip(kernel.blocks, state.block_states, strict=True)
         ]
         return jnp.sum(jnp.stack(counts))
-    return 1 + state.num_steps if isinstance(kernel, HMC) else jnp.ones((), int)
+    state = getattr(state, "hmc_state", state)  # of NumPyro's `HMCGibbs` and its like
+    return 1 + getattr(state, "num_steps", jnp.zeros((), int))
 
 
 def draw_conditions(
@@ -172,8 +173,10 @@ def check_path_segments(
         return
     shape, dtype, noise = site.prior.event_shape, measured.grid.t.dtype, site.prior.noise
     num_draws = CHECKED_DRAWS if math.prod(shape) <= MANY_DIMENSIONS else CHECKED_DRAWS_IN_MANY
-    num_segments = min(num_segments, noise.max_segments // 2)
-    fine = path_grid_of(site, measured, 2 * num_segments)
+    # A discrete schedule may have no more; what is lost falls as the number of segments.
+    asked = min(num_segments, noise.max_segments)
+    compared = max(min(asked, noise.max_segments // 2), 1)
+    fine = path_grid_of(site, measured, 2 * compared)
     coarse_times = np.asarray(fine.grid.t, np.float64)[::2]
     coarse_grid = noise_grid(noise.schedule, coarse_times, dtype)
     coarse = path_grid(coarse_grid, measured.grid, measured.pilot.mean_square)
@@ -208,13 +211,13 @@ def check_path_segments(
     if lost.size < 2 or np.mean(lost) < CERTAIN * np.std(lost) / math.sqrt(lost.size):
         return
     limit = float(np.mean(2 * with_fine - with_coarse))
-    shortage = 2 * float(np.mean(lost)) / limit if limit > 0 else 0.0
+    shortage = 2 * float(np.mean(lost)) / limit * compared / asked if limit > 0 else 0.0
     if MAX_SHORTAGE < shortage < np.inf:
         named = " and ".join(map(repr, latents))
-        wanted = math.ceil(num_segments * shortage / (0.5 * MAX_SHORTAGE))
+        wanted = math.ceil(asked * shortage / (0.5 * MAX_SHORTAGE))
         message = (
-            f"`path_segments={num_segments}` of `RTKGibbs` is too few for diffusion site {site.name!r}: "
+            f"`path_segments={asked}` of `RTKGibbs` is too few for diffusion site {site.name!r}: "
             f"noising paths keep {100 * (1 - shortage):.0f} % of what it tells about {named}, whose "
             f"posterior will be too wide by about {100 * shortage:.0f} %. Write `path_segments={wanted}`."
         )
-        say([Finding("path", num_segments, shortage, message)], site.prior.score_fn)
+        say([Finding("path", asked, shortage, message)], site.prior.score_fn)

@@ -273,12 +273,13 @@ class DiffusionPrior(PriorRecord):
         dtype = jnp.result_type(float)
         learnt = learnt_of(self, noise_grid(self.schedule, self.segment_times, dtype))
         kept = LEARNT.get(key_of(self, dtype))
+        model = self.model().thinned(learnt.draws.shape[0])  # as the pilot drew
         if kept is None:
-            return self._measured_sd(self.model(), learnt.draws)
+            return self._measured_sd(model, learnt.draws)
         measured = kept.denoise_sd
         if measured is None:
             with jax.ensure_compile_time_eval():
-                measured = jax.jit(lambda: self._measured_sd(self.model(), learnt.draws))()
+                measured = jax.jit(lambda: self._measured_sd(model, learnt.draws))()
             kept.denoise_sd = measured
         return measured
 

@@ -182,14 +182,23 @@ def check_score_shape(
         )
 
 
+MAX_FIRST_CALLS = 16
+"""Conditions that the first call looks at."""
+
+
 def first_call(model: ScoreModel, grid: NoiseGrid, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Points at both ends of the grid and the scores there, for `check_first_call`: two evaluations."""
+    """Points at both ends of the grid and the scores there, for `check_first_call`: two evaluations, or two
+    for each of up to `MAX_FIRST_CALLS` members of a family, shape `(2, members, *event)`.
+    """
     top = standard_terminal(grid, shape)
     noise = top.sample(jr.key(0))
     ends = jnp.stack([noise, noise / jnp.sqrt(top.variance)])
     times = jnp.stack([grid.t[0], grid.t[-1]])
-    first = model.member(0)
-    return ends, jax.vmap(lambda x, t: first(x, t))(ends, times)
+    if model.conditions is None:
+        return ends, jax.vmap(lambda x, t: model(x, t))(ends, times)
+    some = model.thinned(MAX_FIRST_CALLS)
+    repeated = jnp.repeat(ends[:, None], some.num_members, axis=1)
+    return ends, jax.vmap(some.each)(repeated, times)
 
 
 def check_first_call(called: tuple[Array, Array], grid: NoiseGrid) -> None:

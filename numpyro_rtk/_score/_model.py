@@ -51,13 +51,13 @@ class ScoreModel(eqx.Module):
         """The score of an event, by its number; events beyond the last member begin again at the first."""
         if self.conditions is None:
             return self
-        return self.given(self.conditions[index % self.conditions.shape[0]])
+        return self.given(self.conditions[index % self.num_members])
 
     def thinned(self, num_members: int) -> "ScoreModel":
         """The same with that many members at most, spread evenly, for measurements of all together."""
-        if self.conditions is None or self.conditions.shape[0] <= num_members:
+        if self.conditions is None or self.num_members <= num_members:
             return self
-        return self.of(self.conditions[jnp.arange(num_members) * self.conditions.shape[0] // num_members])
+        return self.of(self.conditions[jnp.arange(num_members) * self.num_members // num_members])
 
     def each(self, x: Array, t: Scalar, members: Array | None = None) -> Array:
         """Scores of many events at one time, shape `(events, *event)`; of the members in turn unless their
@@ -75,6 +75,11 @@ class ScoreModel(eqx.Module):
             return both(x, t)
 
         return jax.vmap(one)(jnp.arange(x.shape[0]), x)
+
+    @property
+    def num_members(self) -> int:
+        """Members of a family; 1 of a score without conditions."""
+        return 1 if self.conditions is None else self.conditions.shape[0]
 
     @property
     def family(self) -> "ScoreModel":

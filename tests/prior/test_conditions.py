@@ -32,6 +32,11 @@ def located(x, t, c):
     return -(x - OU.alpha(t) * c) / (OU.alpha(t) ** 2 + OU.sigma(t) ** 2)
 
 
+def scaled(x, t, c):
+    """Score of `N(0, exp(2 c))`."""
+    return -x / (OU.alpha(t) ** 2 * jnp.exp(2 * c) + OU.sigma(t) ** 2)
+
+
 class Energy:
     """The same, with its energy."""
 
@@ -108,13 +113,26 @@ def test_denoising_by_condition():
 
 def test_clean_draws_have_the_error_of_their_condition():
     """A narrow law hides less under noise than a wide one: `sd sigma / sqrt(sd^2 alpha^2 + sigma^2)`."""
-    scaled = lambda x, t, c: -x / (OU.alpha(t) ** 2 * jnp.exp(2 * c) + OU.sigma(t) ** 2)
     c = jnp.array([-4.0, 0.0, 0.0])
     prior = DiffusionPrior(scaled, (4,), OU, condition=c)
     x = prior.sample(jr.key(0), (320,))
     got = (prior.clean_draws(jr.key(1), x) - prior.denoise(x)).std(axis=(0, 2))
     sd = np.exp(np.asarray(c, np.float64))
     np.testing.assert_allclose(got, sd * SIGMA / np.sqrt(sd**2 * ALPHA**2 + SIGMA**2), rtol=0.1)
+
+
+def test_the_error_of_many_conditions_is_measured_where_draws_were_made():
+    """More conditions than pilot draws: each draw is denoised by the score that made it."""
+    c = jnp.linspace(-5.0, 0.0, 40)
+    sd = np.exp(np.asarray(c, np.float64))
+    right = np.sqrt(np.mean(sd**2 * SIGMA**2 / (sd**2 * ALPHA**2 + SIGMA**2)))
+    np.testing.assert_allclose(DiffusionPrior(scaled, (2,), OU, condition=c).denoise_sd, right, rtol=0.05)
+
+
+def test_a_network_that_fails_for_one_of_the_conditions_is_refused():
+    failing = lambda x, t, c: jnp.where(c > 2.0, jnp.nan, located(x, t, c))
+    with pytest.raises(ValueError, match="returned NaN or infinity at its first call"):
+        DiffusionPrior(failing, (2,), OU, condition=C).sample(jr.key(0))
 
 
 def test_a_prior_made_under_vmap_is_refused_outside():
