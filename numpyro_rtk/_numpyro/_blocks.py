@@ -21,16 +21,9 @@ def refresh(kernel: MCMCKernel, state: Any, args: tuple[Any, ...], kwargs: dict[
         args: Arguments of the model.
         kwargs: Keyword arguments of the model, with the conditioning values.
     """
-    return (
-        refresh_blocks(kernel, state, args, kwargs)
-        if _is_plain(kernel)
-        else kernel.refresh(state, args, kwargs)
-    )
-
-
-def refresh_blocks(kernel: Any, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`refresh` of a composite kernel, by that of its blocks, each conditioned on the others."""
-    constrained = kernel.get_constrain_fn(args, kwargs)(state.z)
+    if not isinstance(kernel, Gibbs):
+        return kernel.refresh(state, args, kwargs)
+    constrained: Any = kernel.get_constrain_fn(args, kwargs)(state.z)
     blocks = []
     for block, sites, block_state in zip(kernel._kernels, kernel._sites, state.block_states, strict=True):
         siblings = {name: constrained[name] for name in state.z if name not in sites}
@@ -42,20 +35,14 @@ def refuse_nested(kernel: MCMCKernel) -> None:
     """Refuse what NumPyro does not refresh.
 
     Raises:
-        TypeError: for a NumPyro `Gibbs` among the blocks of another, at any depth: it would go on with the
-            energy of values that are gone.
+        TypeError: for a NumPyro `Gibbs` among the blocks of another: it would go on with the energy of values
+            that are gone.
     """
     if not isinstance(kernel, Gibbs):
         return
     for block, _ in kernel.blocks:
-        refuse_nested(block)
-        if _is_plain(block):
+        if isinstance(block, Gibbs):
             raise TypeError(
                 "`inner_kernel` is a `Gibbs` with a `Gibbs` among its blocks, which NumPyro does not refresh "
                 "when others have moved: draws would have the wrong law. Put all blocks into one `Gibbs`."
             )
-
-
-def _is_plain(kernel: MCMCKernel) -> bool:
-    """Whether it is a composite whose `refresh` does nothing."""
-    return isinstance(kernel, Gibbs) and type(kernel).refresh is Gibbs.refresh

@@ -17,7 +17,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_rtk._numpyro._arguments import check_count, read_start
-from numpyro_rtk._numpyro._blocks import refresh, refresh_blocks, refuse_nested
+from numpyro_rtk._numpyro._blocks import refresh, refuse_nested
 from numpyro_rtk._numpyro._dependent import refuse_supports
 from numpyro_rtk._numpyro._gibbs_state import any_flag, axes_without, RTKGibbsState, with_shared
 from numpyro_rtk._numpyro._inner_start import start_inner
@@ -332,7 +332,9 @@ class RTKGibbs(Gibbs):
         return new._replace(diverging=any_flag(new.block_states, "diverging"), num_score_evals=evaluations)
 
     def _take_turns(self, state: RTKGibbsState, args: Any, kwargs: dict[str, Any]) -> RTKGibbsState:
-        """A sweep of particle Gibbs, then the inner kernel, each given what the other has."""
+        """A sweep of particle Gibbs, then the inner kernel, each given what the other has, and all that
+        encloses them: nothing that a block keeps outlives an iteration, so that `refresh` has nothing to do.
+        """
         (particle_gibbs, inner), (diffusion, rest) = self._kernels, state.block_states
         here = with_conditioning(kwargs, self._others(state.z, args, kwargs))
         diffusion = particle_gibbs.sample(diffusion, args, here)
@@ -353,19 +355,6 @@ class RTKGibbs(Gibbs):
         return state._replace(
             z=self._merge_z(blocks), block_states=blocks, rng_key=next_key, num_score_evals=evaluations
         )
-
-    def refresh(
-        self, state: RTKGibbsState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> RTKGibbsState:
-        """What the inner kernel keeps of its target, for other conditioning values."""
-        kwargs = dict(model_kwargs or {})
-        if self._joint:
-            blocks = (
-                state.block_states[0],
-                self._kernels[1].refresh(state.block_states[1], model_args, kwargs),
-            )
-            return state._replace(block_states=blocks)
-        return refresh_blocks(self, state, model_args, kwargs)
 
     def _chain_axes(self) -> RTKGibbsState:
         """Axes of the chains in a state: everywhere but in what chains share."""

@@ -348,16 +348,26 @@ def test_a_composite_within_a_composite_is_refused():
         RTKGibbs(nested)
 
 
-def test_as_a_block_it_is_refreshed():
-    """Its inner kernel keeps an energy, which depends on the sites of enclosing kernels too."""
-    kernel = RTKGibbs(NUTS(both), **OPTIONS).wrap_model(conditioned)
-    states = [kernel.init(jr.key(0), 10, None, (Y,), with_conditioning({}, {"k": k})) for k in (0, 1)]
-    assert states[0].block_states[1].potential_energy != states[1].block_states[1].potential_energy
-    moved = kernel.refresh(states[0], (Y,), with_conditioning({}, {"k": 1}))
-    x, u = states[0].z["x"], states[0].z["scale"]
-    right = dist.Normal(x + 2.0, jnp.exp(u)).log_prob(Y).sum() + dist.Normal(-0.5, 0.6).log_prob(u)
-    right = right + dist.Bernoulli(0.3).log_prob(1)
-    np.testing.assert_allclose(moved.block_states[1].potential_energy, -right, rtol=1e-5)
+def accept_probs_after_a_change():
+    """Of a step that hardly moves, after what encloses the kernel has changed, either way: 1 where the energy
+    that it starts from is the one of now.
+    """
+    fixed = {"adapt_step_size": False, "adapt_mass_matrix": False}
+    inner = HMC(both, step_size=1e-3, trajectory_length=1e-3, **fixed)
+    kernel = RTKGibbs(inner, **OPTIONS).wrap_model(conditioned)
+    found = []
+    for k in (0, 1):
+        before, after = (with_conditioning({}, {"k": one}) for one in (k, 1 - k))
+        state = kernel.init(jr.key(0), 0, None, (Y,), before)
+        new = jax.jit(lambda state, after=after: kernel.sample(state, (Y,), after))(state)
+        found.append(float(new.block_states[1].accept_prob))
+    return found
+
+
+def test_as_a_block_it_knows_what_has_changed(monkeypatch):
+    np.testing.assert_allclose(accept_probs_after_a_change(), 1.0, atol=1e-2)
+    monkeypatch.setattr("numpyro_rtk._numpyro._gibbs.refresh", lambda kernel, state, args, kwargs: state)
+    assert min(accept_probs_after_a_change()) < 0.9
 
 
 @pytest.mark.slow
