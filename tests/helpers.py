@@ -4,7 +4,9 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
+from numpyro.infer import MCMC
 
 from numpyro_rtk import Cosine, DiscreteVP, EDM, FlowMatching, OU, VE, VP
 from numpyro_rtk._noising._grid import Segment
@@ -68,3 +70,31 @@ def make_target(score_fn, schedule, s, t, x_t, score_t=None):
     score_t = score_fn(x_t, t) if score_t is None else score_t
     segment = Segment(t=t, s=s, a=a, v=v, alpha_t=alpha_t, sigma_s=sigma_s)
     return ReverseTransition(resolve_score(score_fn), x_t, score_t, segment)
+
+
+def run_mcmc(
+    kernel,
+    *args,
+    num_warmup,
+    num_samples,
+    num_chains=2,
+    chain_method="vectorized",
+    seed=0,
+    key=None,
+    thinning=1,
+    jit_model_args=False,
+    **options,
+):
+    """An `MCMC` that has run, without a progress bar. Modules bind the lengths that they need."""
+    mcmc = MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method=chain_method,
+        thinning=thinning,
+        jit_model_args=jit_model_args,
+        progress_bar=False,
+    )
+    mcmc.run(jr.key(seed) if key is None else key, *args, **options)
+    return mcmc

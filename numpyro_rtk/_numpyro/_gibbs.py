@@ -78,9 +78,10 @@ class RTKGibbs(Gibbs):
     is. But each iteration noises the current `x_0` up through `path_segments` levels, by a path that does not
     depend on the condition; the law of the path is a product of reverse transitions, nearly Gaussian, whose
     means are known from scores. Their log density stands for the prior's in the inner kernel: exact as
-    segments shrink, and short of information by a share that falls as `1 / path_segments`, so that the
-    posterior of a condition comes out up to 3 % too wide at the default, without a bias of its mean
-    (`python -m benchmarks.conditions`). Longer segments than tell conditions apart are warned of.
+    segments shrink, and short of information by a share that falls as `1 / path_segments`. A posterior comes
+    out up to 3 % too wide at the default, 5 % where the prior was measured at conditions that mean four times
+    the scale, without a bias of its mean (`python -m benchmarks.conditions`). Longer segments than tell
+    conditions apart are warned of. The condition and `x` take turns, and are slow where each pins the other.
 
     *Cost.* `num_score_evals`: those of particle Gibbs and none by the inner kernel, but for latent
     conditions: `path_segments` for each event and leapfrog step, with their gradient, in one batch (counted

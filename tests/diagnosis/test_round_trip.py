@@ -147,6 +147,21 @@ def test_a_broken_reverse_kernel_is_named_also_where_segments_are_short():
     assert finding.index >= 10
 
 
+def test_travellers_of_a_family_come_back_by_their_own_score():
+    """Draws of two laws that lie far apart, taken in any order: each returns to its own."""
+    conditions = jnp.array([-30.0, 30.0])
+    score = lambda x, t, c: -(x - jnp.exp(-t) * c) / (jnp.exp(-2 * t) + 1 - jnp.exp(-2 * t))
+    grid = noise_grid(rtk.OU(), segment_times(rtk.OU(), 8), jnp.float32)
+    trip = plan_trip(
+        resolve_score(score, conditions=conditions), grid, rtk.GaussianTransition(), jnp.ones((8, 2))
+    )
+    draws = conditions[jnp.arange(6) % 2][:, None] + jr.normal(jr.key(0), (6, 2))
+    taken = jnp.array([[1, 4, 3, 3, 0, 2]])
+    noise = NoiseRange(rtk.OU(), t_min=rtk.OU().t_min, t_max=rtk.OU().t_max)
+    flown = travel_all(jr.key(1), trip, noise, draws, taken, jnp.array([4]))
+    assert np.all(np.abs(np.asarray(flown.after - flown.before)) < 6)
+
+
 def test_travellers_are_noised_draws_and_cost_what_is_said():
     mixture = two_modes(rtk.OU())
     trip, _, draws = trip_of(mixture, rtk.PreconditionedMALA(), 8)

@@ -13,12 +13,11 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-from numpyro.infer import MCMC
 from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKGibbs, ScoreHMC
-from tests.helpers import Counter
+from tests.helpers import Counter, run_mcmc
 
 
 P_MIN = 2.5e-5
@@ -75,17 +74,7 @@ def alone():
     numpyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=jnp.ones((2, 2)))
 
 
-def run(kernel, *args, num_warmup=5, num_samples=5, num_chains=2, chain_method="vectorized", **options):
-    mcmc = MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method=chain_method,
-        progress_bar=False,
-    )
-    mcmc.run(jr.key(0), *args, **options)
-    return mcmc
+run = functools.partial(run_mcmc, num_warmup=5, num_samples=5)
 
 
 @pytest.mark.slow

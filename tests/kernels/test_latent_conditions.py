@@ -1,5 +1,6 @@
 """A condition that is a latent: its posterior through the public API, against closed forms and quadrature."""
 
+import functools
 import warnings
 
 import jax
@@ -10,14 +11,14 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import DiscreteGibbs, Gibbs, MCMC, NUTS
+from numpyro.infer import DiscreteGibbs, Gibbs, NUTS
 from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKGibbs, RTKParticleGibbs, ScoreHMC
 from numpyro_rtk._numpyro._latent_conditions import draw_conditions
 from numpyro_rtk._numpyro._sites import inspect_model
-from tests.helpers import Counter
+from tests.helpers import Counter, run_mcmc
 
 
 OU = rtk.OU()
@@ -91,17 +92,7 @@ def population(y):
         numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
 
-def run(kernel, *args, num_warmup=200, num_samples=1000, num_chains=4, chain_method="vectorized", seed=0):
-    mcmc = MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method=chain_method,
-        progress_bar=False,
-    )
-    mcmc.run(jr.key(seed), *args)
-    return mcmc
+run = functools.partial(run_mcmc, num_warmup=200, num_samples=1000, num_chains=4)
 
 
 def check(draws, mean, sd, mean_within=0.1, sd_within=0.08):

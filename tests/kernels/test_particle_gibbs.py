@@ -28,7 +28,7 @@ from numpyro_rtk import DiffusionPrior, RTKParticleGibbs
 from numpyro_rtk._numpyro import _particle_gibbs_chain
 from numpyro_rtk._numpyro._collapse import warn_collapsed
 from numpyro_rtk._numpyro._sites import latent_diffusion_sites
-from tests.helpers import Counter
+from tests.helpers import Counter, run_mcmc
 
 
 # False-alarm level of a single comparison, as elsewhere in the suite.
@@ -94,22 +94,7 @@ make = functools.partial(
 )
 
 
-def run(
-    kernel, *args, num_warmup=20, num_samples=30, num_chains=2, chain_method="vectorized", seed=0, **options
-):
-    settings = {name: options.pop(name) for name in ("thinning", "jit_model_args") if name in options}
-    key = options.pop("key", jr.key(seed))
-    mcmc = MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method=chain_method,
-        progress_bar=False,
-        **settings,
-    )
-    mcmc.run(key, *args, extra_fields=FIELDS, **options)
-    return mcmc
+run = functools.partial(run_mcmc, num_warmup=20, num_samples=30, extra_fields=FIELDS)
 
 
 def assert_moments(draws, mean, sd):

@@ -12,14 +12,14 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import DiscreteGibbs, Gibbs, HMC, MCMC, NUTS
+from numpyro.infer import DiscreteGibbs, Gibbs, HMC, NUTS
 from numpyro.infer.gibbs import conditioned, with_conditioning
 from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKGibbs, RTKParticleGibbs
 from numpyro_rtk._numpyro._blocks import refresh
-from tests.helpers import Counter
+from tests.helpers import Counter, run_mcmc
 
 
 P_MIN = 2.5e-5
@@ -69,24 +69,8 @@ LOG_SCALE = quadrature(
 )
 
 
-def run(
-    kernel, *args, num_warmup=30, num_samples=30, num_chains=2, chain_method="vectorized", seed=0, **options
-):
-    mcmc = MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method=chain_method,
-        progress_bar=False,
-    )
-    fields = (
-        "block_states.0.num_score_evals",
-        "block_states.0.particle_ess",
-        "block_states.1.num_steps",
-    )
-    mcmc.run(jr.key(seed), *args, extra_fields=options.pop("extra_fields", fields), **options)
-    return mcmc
+FIELDS = ("block_states.0.num_score_evals", "block_states.0.particle_ess", "block_states.1.num_steps")
+run = functools.partial(run_mcmc, num_warmup=30, num_samples=30, extra_fields=FIELDS)
 
 
 def z_scores(draws, mean, sd):

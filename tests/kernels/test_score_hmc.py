@@ -18,7 +18,7 @@ from scipy import stats
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, ScoreHMC
 from numpyro_rtk._numpyro import _score_hmc_chain
-from tests.helpers import Counter
+from tests.helpers import Counter, run_mcmc
 
 
 # NumPyro donates buffers that cannot be re-used when `MCMC` runs under `jax.vmap`, whatever the kernel.
@@ -72,29 +72,6 @@ def correlated_pair(y):
     numpyro.sample("y", dist.Normal(product, 0.2), obs=y)
 
 
-def run(
-    kernel,
-    *args,
-    num_warmup=300,
-    num_samples=500,
-    num_chains=4,
-    chain_method="vectorized",
-    seed=0,
-    extra_fields=None,
-    **options,
-):
-    mcmc = MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method=chain_method,
-        progress_bar=False,
-    )
-    mcmc.run(jr.key(seed), *args, extra_fields=FIELDS if extra_fields is None else extra_fields, **options)
-    return mcmc
-
-
 # A given mass matrix and start leave out the prior draws of `init`, which take a second each to compile.
 QUICK = functools.partial(ScoreHMC, inverse_mass_matrix=np.ones(10))
 START = {"init_params": {"x": np.zeros(10, np.float32)}}
@@ -107,6 +84,7 @@ FIELDS = (
     "unresolved",
     "adapt_state.step_size",
 )
+run = functools.partial(run_mcmc, num_warmup=300, num_samples=500, num_chains=4, extra_fields=FIELDS)
 Y = 2.0 * np.ones(10, np.float32)
 
 

@@ -8,11 +8,12 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS, Predictive
+from numpyro.infer import NUTS, Predictive
 from scipy import stats
 
 import numpyro_rtk as rtk
 from numpyro_rtk import DiffusionPrior, RTKParticleGibbs, ScoreHMC
+from tests.helpers import run_mcmc
 
 
 OU = rtk.OU()
@@ -153,16 +154,7 @@ Y = jnp.array([[1.0, 2.0], [-1.0, 0.5], [0.0, 3.0]])
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda model: RTKParticleGibbs(model, **OPTIONS), ScoreHMC, NUTS])
 def test_posteriors_in_a_plate(make):
-    mcmc = MCMC(
-        make(in_a_plate),
-        num_warmup=150,
-        num_samples=800,
-        num_chains=2,
-        chain_method="vectorized",
-        progress_bar=False,
-        jit_model_args=True,
-    )
-    mcmc.run(jr.key(0), Y, C)
+    mcmc = run_mcmc(make(in_a_plate), Y, C, num_warmup=150, num_samples=800, jit_model_args=True)
     draws = np.asarray(mcmc.get_samples(group_by_chain=True)["x"], np.float64)
     precision = 1 / SD**2 + 1
     mean = (ALPHA * np.asarray(C)[:, None] / SD**2 + np.asarray(Y)) / precision
