@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from numpyro_rtk._custom_types import Event, PerSegment
 from numpyro_rtk._noising._base import AbstractNoiseSchedule
-from numpyro_rtk._noising._times import NoiseRange
+from numpyro_rtk._noising._times import NoiseRange, once_for_each
 
 
 NUM_CANDIDATES = 256
@@ -125,6 +125,12 @@ def noise_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any) -
             f"`segments` has times that coincide in {np.dtype(dtype).name}. Use fewer segments, or more "
             f"precision."
         )
+    return NoiseGrid(*(jnp.asarray(value, dtype) for value in _coefficients(schedule, tuple(times.tolist()))))
+
+
+@once_for_each
+def _coefficients(schedule: AbstractNoiseSchedule, times: tuple[float, ...]) -> list[np.ndarray]:
+    """What a grid consists of, in float64."""
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         t = jnp.asarray(times, jnp.float64)
         a, v = schedule.transition(t[1:], t[:-1])
@@ -134,7 +140,7 @@ def noise_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any) -
         ]
     # The step from t_min to itself is the identity.
     values[5], values[6] = np.append(values[5], 1.0), np.append(values[6], 0.0)
-    return NoiseGrid(*(jnp.asarray(value, dtype) for value in values))
+    return values
 
 
 def candidate_times(noise: NoiseRange, num_segments: int, dtype: Any) -> np.ndarray:

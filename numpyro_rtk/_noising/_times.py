@@ -1,7 +1,9 @@
 """Time grids: where segments begin and end, and what a user may write for them."""
 
+import functools
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,23 @@ def _float64(function: Any, *values: Any) -> np.ndarray:
     """Evaluate a schedule method in float64 on the CPU, also under a trace, whatever the precision mode."""
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         return np.asarray(function(*(jnp.asarray(value, jnp.float64) for value in values)))
+
+
+def once_for_each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember results of a function of a schedule and of values: a model is traced many times, and each
+    trace makes its priors anew. Schedules with arrays, which cannot be hashed, are evaluated again.
+    """
+    remembered = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        try:
+            hash(args)
+        except TypeError:
+            return function(*args)
+        return remembered(*args)
+
+    return wrapper
 
 
 class NoiseRange(NamedTuple):
@@ -50,17 +69,22 @@ class NoiseRange(NamedTuple):
 
     def times(self, num_segments: int, *, rho: float = 7.0) -> np.ndarray:
         """As `segment_times`, between the ends."""
-        log_snr = _float64(self.schedule.log_snr, np.array([self.t_max, self.t_min]))
-        log_ratio = -0.5 * log_snr
-        if math.isinf(rho):
-            levels = np.linspace(log_ratio[0], log_ratio[1], num_segments + 1)
-        else:
-            roots = np.exp(log_ratio / rho)
-            levels = rho * np.log(np.linspace(roots[0], roots[1], num_segments + 1))
-        times = np.array(_float64(self.schedule.inverse_log_snr, -2 * levels), np.float64)
-        times[0], times[-1] = self.t_max, self.t_min
-        times = self.schedule.snap(times)
-        return times if np.all(np.diff(times) < 0) else _separate(times, num_segments, self)
+        return _times_between(self, num_segments, rho).copy()
+
+
+@once_for_each
+def _times_between(noise: NoiseRange, num_segments: int, rho: float) -> np.ndarray:
+    schedule = noise.schedule
+    log_ratio = -0.5 * _float64(schedule.log_snr, np.array([noise.t_max, noise.t_min]))
+    if math.isinf(rho):
+        levels = np.linspace(log_ratio[0], log_ratio[1], num_segments + 1)
+    else:
+        roots = np.exp(log_ratio / rho)
+        levels = rho * np.log(np.linspace(roots[0], roots[1], num_segments + 1))
+    times = np.array(_float64(schedule.inverse_log_snr, -2 * levels), np.float64)
+    times[0], times[-1] = noise.t_max, noise.t_min
+    times = schedule.snap(times)
+    return times if np.all(np.diff(times) < 0) else _separate(times, num_segments, noise)
 
 
 def noise_range(schedule: AbstractNoiseSchedule) -> NoiseRange:

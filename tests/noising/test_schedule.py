@@ -558,3 +558,17 @@ def test_constructors_refuse(make, message):
 def test_constructors_refuse_what_is_no_number(make):
     with pytest.raises(ValueError, match="could not convert string to float"):
         make()
+
+
+def test_the_times_of_a_schedule_are_evaluated_once(monkeypatch):
+    calls = []
+    inverse = OU.inverse_log_snr
+    monkeypatch.setattr(OU, "inverse_log_snr", lambda self, value: calls.append(1) or inverse(self, value))
+    first = segment_times(OU(t_max=4.321), 6)
+    first[1] = 0.0  # of the caller's copy
+    again = segment_times(OU(t_max=4.321), 6)
+    assert len(calls) == 1
+    assert again[1] > again[2] > 0
+    other = segment_times(OU(t_max=3.21), 6)
+    assert len(calls) == 2
+    assert other[0] == 3.21
