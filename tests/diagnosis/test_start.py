@@ -73,6 +73,7 @@ def test_right_scores_start_in_silence(name, segments_are_checked):
     start(name, two_modes(rtk.OU()))
 
 
+@pytest.mark.slow
 def test_segments_that_are_too_long_are_warned_of(segments_are_checked):
     inner = rtk.PreconditionedMALA(num_steps=1, energy_difference=rtk.Simpson())
     kernel = rtk.RTKKernel(two_modes(rtk.OU(), 0.12), event_shape=(3,), segments=4, inner=inner)

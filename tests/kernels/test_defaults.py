@@ -90,6 +90,7 @@ def test_what_is_given_is_kept():
     assert chosen(image, num_particles=5).local == LONG_LOCAL
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Particle weights collapsed")
 def test_what_was_chosen_is_printed():
     kernel = rtk.RTKParticleGibbs(small, segments=3, num_start_steps=0)

@@ -433,6 +433,7 @@ def test_evaluations(options, error, match):
         rtk.RTKKernel(score, event_shape=(2,), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_evaluations_are_third_order_segments_placed_when_a_run_starts(name):
     schedule, denoise = SCHEDULES[name], name == "OU"

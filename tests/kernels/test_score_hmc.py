@@ -100,6 +100,7 @@ def gaussian_run():
     return run(ScoreHMC(denoising), Y)
 
 
+@pytest.mark.slow
 def test_the_case_of_the_constant_log_prob(gaussian_run):
     x = np.asarray(gaussian_run.get_samples(group_by_chain=True)["x"])
     for i in range(10):
@@ -239,28 +240,20 @@ def thin_ridge(y):
 
 
 @pytest.mark.slow
-def test_joint_moves_beat_gibbs_on_a_correlated_pair():
-    ours = run(ScoreHMC(thin_ridge), 1.5, num_samples=3000)
-    # About one effective draw in 65: as many as a z score needs.
-    kernel = rtk.RTKGibbs(NUTS(thin_ridge))
-    gibbs = run(kernel, 1.5, num_samples=2000, num_chains=8, extra_fields=("num_score_evals",))
+def test_a_thin_ridge_against_quadrature():
+    mcmc = run(ScoreHMC(thin_ridge), 1.5, num_samples=3000)
     log_a, x = np.meshgrid(np.linspace(-3, 4, 1501), np.linspace(0.01, 5, 1501), indexing="ij")
     log_prior = np.asarray(
         jax.vmap(lambda x: MIXTURE.log_density(x[None], T_MIN))(jnp.asarray(x[0], jnp.float32))
     )
     log_p = -0.5 * (log_a / 0.5) ** 2 + log_prior[None] - 0.5 * ((np.exp(log_a) * x - 1.5) / 0.1) ** 2
     p = np.exp(log_p - log_p.max()) / np.sum(np.exp(log_p - log_p.max()))
-    efficiency = []
-    for mcmc in (ours, gibbs):
-        draws = mcmc.get_samples(group_by_chain=True)
-        values = {"log_a": np.log(draws["a"]), "x": np.asarray(draws["x"])[..., 0]}
-        for name, grid in {"log_a": log_a, "x": x}.items():
-            mean = np.sum(p * grid)
-            assert abs(z_score(values[name], mean)) < Z_MAX
-            assert abs(z_score((values[name] - mean) ** 2, np.sum(p * (grid - mean) ** 2))) < Z_MAX
-        worst = min(effective_sample_size(np.asarray(value)) for value in values.values())
-        efficiency.append(worst / np.sum(mcmc.get_extra_fields()["num_score_evals"]))
-    assert efficiency[0] > 5 * efficiency[1]
+    draws = mcmc.get_samples(group_by_chain=True)
+    values = {"log_a": np.log(draws["a"]), "x": np.asarray(draws["x"])[..., 0]}
+    for name, grid in {"log_a": log_a, "x": x}.items():
+        mean = np.sum(p * grid)
+        assert abs(z_score(values[name], mean)) < Z_MAX
+        assert abs(z_score((values[name] - mean) ** 2, np.sum(p * (grid - mean) ** 2))) < Z_MAX
 
 
 def skewed_10(density):
@@ -332,12 +325,7 @@ def test_given_settings_are_used_as_they_are():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "chain_method",
-    [
-        jax.vmap,
-        "vectorized",
-        pytest.param("sequential", marks=pytest.mark.slow),
-        pytest.param("parallel", marks=pytest.mark.slow),
-    ],
+    ["sequential", "parallel"],
 )
 def test_chain_methods(chain_method):
     kernel = ScoreHMC(correlated_pair)

@@ -354,6 +354,7 @@ def test_indices_that_are_computed_by_a_loop_over_constants_are_followed(method)
     assert found == [{1}, {4}, {2}]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Particle weights collapsed")
 def test_elements_cost_no_further_evaluations():
     def evaluations(joined):

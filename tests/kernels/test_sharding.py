@@ -50,18 +50,15 @@ def run(method):
     options = {"num_warmup": 6, "num_samples": 5, "num_chains": 8, "progress_bar": False}
     mcmc = MCMC(make(), chain_method=method, **options)
     mcmc.run(jr.key(0), *args)
-    mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(jr.key(1), *args)
     return mcmc.get_samples(group_by_chain=True), mcmc.get_extra_fields(group_by_chain=True), mcmc.last_state
 
 expected, extra, _ = run("vectorized")
-for method in (rtk.shard_chains(jax.local_devices()[:2]), rtk.shard_chains()):
-    found, others, state = run(method)
-    assert set(found) == set(expected)
-    for name, values in expected.items():
-        assert found[name].shape == values.shape
-        np.testing.assert_allclose(found[name], values, rtol=2e-3, atol=2e-3)
-    np.testing.assert_array_equal(others["diverging"], extra["diverging"])
+found, others, state = run(rtk.shard_chains())
+assert set(found) == set(expected)
+for name, values in expected.items():
+    assert found[name].shape == values.shape
+    np.testing.assert_allclose(found[name], values, rtol=2e-3, atol=2e-3)
+np.testing.assert_array_equal(others["diverging"], extra["diverging"])
 assert len(state.rng_key.sharding.device_set) == 8
 # What ran on eight devices goes on with two.
 mcmc = MCMC(make(), num_warmup=6, num_samples=3, num_chains=8, progress_bar=False,
@@ -106,9 +103,8 @@ def run(name, script):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(
-    "name", ["generation", *[pytest.param(name, marks=pytest.mark.slow) for name in ("gibbs", "joint")]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["generation", "gibbs", "joint"])
 def test_chains_on_several_devices_have_the_draws_of_one(name):
     run(name, SAME)
 

@@ -49,6 +49,7 @@ def run(dim, sd, **options):
     return mcmc
 
 
+@pytest.mark.slow
 def test_sweeps_that_change_the_draw_are_made_in_every_iteration():
     mcmc = run(1, 0.5)
     extra = mcmc.get_extra_fields()
@@ -95,15 +96,17 @@ def test_without_local_moves_all_iterations_sweep():
     assert np.all(extra["depth"] > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Particle weights collapsed")
 def test_a_kernel_keeps_its_own_probability_with_a_state_of_another():
     y = jnp.ones(1)
 
     def depths(state, **options):
         kernel = rtk.RTKParticleGibbs(model, **OPTIONS | options)
+        step = jax.jit(lambda state: kernel.sample(state, (y, 0.5), {}))
         found = []
         for _ in range(3):
-            state = kernel.sample(state, (y, 0.5), {})
+            state = step(state)
             found.append(int(state.depth))
         return np.asarray(found)
 

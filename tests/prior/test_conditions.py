@@ -71,6 +71,7 @@ def test_shapes():
     assert again.batch_shape == (3,)
 
 
+@pytest.mark.slow
 def test_draws_follow_their_conditions():
     prior = DiffusionPrior(located, (4,), OU, condition=C)
     draws = np.asarray(prior.sample(jr.key(0), (400,)), np.float64)
@@ -112,6 +113,7 @@ def test_denoising_by_condition():
     assert prior.clean_draws(jr.key(1), x).shape == x.shape
 
 
+@pytest.mark.slow
 def test_clean_draws_have_the_error_of_their_condition():
     """A narrow law hides less under noise than a wide one: `sd sigma / sqrt(sd^2 alpha^2 + sigma^2)`."""
     c = jnp.array([-4.0, 0.0, 0.0])
@@ -172,6 +174,7 @@ def test_prior_predictive():
     assert np.all(np.abs(z) < Z_MAX)
 
 
+@pytest.mark.slow
 def test_objects_of_a_plate_move_apart():
     kernel = RTKParticleGibbs(in_a_plate, **OPTIONS)
     kernel.init(jr.key(0), 0, None, (Y, C), {})
