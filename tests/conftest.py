@@ -35,6 +35,8 @@ LONG = (
     "test_latent_conditions",
     "test_score_hmc",
     "test_joint",
+    "test_sharding",
+    "test_docs",
 )
 
 
