@@ -1,8 +1,9 @@
 """A population of objects, each with a diffusion prior conditional on its own unknown redshift.
 
-Spectra have one line or two, at a place that the redshift sets. The prior knows them by its conditional score
-alone. Eight noisy spectra are observed; their redshifts, and the mean and spread of the population that they
-come from, are unknown. Here scores are exact, so that the posterior of the population is known by quadrature.
+Spectra have a narrow line or a broad one, at a place that the redshift sets. The prior knows them by its
+conditional score alone. Eight noisy spectra are observed; their redshifts, and the mean and spread of the
+population that they come from, are unknown. Here scores are exact, so that the posterior of the population is
+known by quadrature.
 
     python examples/population.py --output demo-output
 """
@@ -34,19 +35,16 @@ with warnings.catch_warnings():
 
 
 SCHEDULE = rtk.OU()
-BINS = np.linspace(-3.0, 3.0, 24)
+BINS = np.linspace(-4.0, 4.0, 28)
 SPECTRUM_SD, NOISE_SD = 0.3, 0.3
 MU, TAU = 0.5, 0.6
 
 
 def lines(redshift):
-    """Mean spectra of both kinds at one redshift, shape `(2, bins)`: one line, or two."""
-    one = jnp.exp(-0.5 * ((BINS - redshift) / 0.5) ** 2)
-    two = 0.7 * (
-        jnp.exp(-0.5 * ((BINS - redshift - 0.9) / 0.5) ** 2)
-        + jnp.exp(-0.5 * ((BINS - redshift + 0.9) / 0.5) ** 2)
-    )
-    return jnp.stack([one, two])
+    """Mean spectra of both kinds at one redshift, shape `(2, bins)`: a narrow line, or a broad one."""
+    narrow = 2.0 * jnp.exp(-0.5 * ((BINS - redshift) / 0.4) ** 2)
+    broad = 1.2 * jnp.exp(-0.5 * ((BINS - redshift) / 0.9) ** 2)
+    return jnp.stack([narrow, broad])
 
 
 def score_fn(x, t, redshift):
