@@ -43,15 +43,10 @@ types: $(VENV)/developing
 docs: $(VENV)/developing
 	$(BIN)/mkdocs build --strict --site-dir .site
 
-examples: $(VENV)/installed
-	$(BIN)/python examples/mixture.py --small --output .examples-output
-	$(BIN)/python examples/galaxies.py --small --output .examples-output
-	$(BIN)/python examples/posterior_mixture.py --small --output .examples-output
-	$(BIN)/python examples/galaxy_restore.py --small --output .examples-output
-	$(BIN)/python examples/galaxy_counts.py --small --output .examples-output
-	$(BIN)/python examples/galaxy_blend.py --small --output .examples-output
-	$(BIN)/python examples/two_processes.py --small --output .examples-output
-	$(BIN)/python examples/population.py --small --output .examples-output
+examples: $(addprefix example-,population galaxy_restore galaxy_counts galaxy_blend galaxies posterior_mixture mixture two_processes)
+
+example-%: $(VENV)/installed
+	$(BIN)/python examples/$*.py --small --output .examples-output
 
 clean:
 	rm -rf $(VENV) .site .examples-output demo-output

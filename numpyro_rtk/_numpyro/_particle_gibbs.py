@@ -96,8 +96,8 @@ class RTKParticleGibbs(MCMCKernel):
             the deepest of any chain. Shallow ones matter where data are sharp.
         guidance: How guided moves see through the denoiser: `"jacobian"`, one vector-Jacobian product of the
             score per evaluation and one more evaluation per level and particle; `"mean"`, the mean slope of
-            each coordinate, for nothing. `None`: the first above 100 dimensions. It changes proposals, not
-            the law.
+            each coordinate, for nothing. `None`: the first above 100 dimensions where scores can be
+            differentiated. It changes proposals, not the law.
         local: `LocalHMC(...)`, `LocalMALA(...)`, or `None` for no local moves. `"default"`: two trajectories
             of 10 steps, `LocalHMC()`; one of 100 steps where gradient moves do the work.
         target_accept_prob: Acceptance probability that warmup aims at in all moves.
@@ -240,7 +240,8 @@ class RTKParticleGibbs(MCMCKernel):
 
             return self._program(name, whole, inputs, known)
 
-        shared, floor = measure(problem, num_warmup, run)
+        with problem.naming_what_has_no_derivative("RTKParticleGibbs"):
+            shared, floor = measure(problem, num_warmup, run)
         shared = shared._replace(restarts=jnp.asarray(not given))
 
         def start(inner: Problem, keys: Any, given: Any, shared: Shared, floor: Floor) -> Any:
@@ -253,7 +254,8 @@ class RTKParticleGibbs(MCMCKernel):
             return inner.options.over_chains(one, (keys, given)) if batched else one((keys, given))
 
         name = f"start {batched} {num_warmup}"
-        state = run(name, start, rng_key, given, shared, floor)
+        with problem.naming_what_has_no_derivative("RTKParticleGibbs"):
+            state = run(name, start, rng_key, given, shared, floor)
         state = state._replace(shared=shared)
 
         def log_likelihood(z: dict[str, Array], args: Any, kwargs: Any) -> Array:

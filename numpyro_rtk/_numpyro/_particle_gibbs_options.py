@@ -9,6 +9,7 @@ import numpy as np
 
 from numpyro_rtk._moves._line_integral import ExactEnergy, Simpson
 from numpyro_rtk._numpyro._arguments import check_count, check_target_accept_prob
+from numpyro_rtk._numpyro._derivatives import in_short, score_derivative
 from numpyro_rtk._numpyro._sites import DiffusionSite
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_reverse_kernel
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
@@ -67,6 +68,12 @@ class Options(NamedTuple):
         """Guided steps of unconditional sweeps."""
         return max(self.num_start_steps, self.num_guided_steps)
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether anything asks for the derivative of the likelihood."""
+        tempered = self.twist is not None and not self.twist.gaussian
+        return not tempered or self.start_steps > 0 or self.local is not None
+
     def over_chains(self, function: Callable[[Any], Any], inputs: Any) -> Any:
         """`function` of every chain, as many at once as `batch_size` allows."""
         num_chains = jax.tree.leaves(inputs)[0].shape[0]
@@ -119,10 +126,24 @@ class Options(NamedTuple):
         )
 
     def jacobian_for(self, sites: tuple[DiffusionSite, ...], num_elements: int) -> bool:
-        """Whether guided moves go through the denoiser's Jacobian."""
-        if self.guidance is None:
-            return _dim(sites) / num_elements > MAX_MEAN_SLOPE_DIM
-        return self.guidance == "jacobian"
+        """Whether guided moves go through the denoiser's Jacobian.
+
+        Raises:
+            ValueError: where that was asked for and a score has none.
+        """
+        few = _dim(sites) / num_elements <= MAX_MEAN_SLOPE_DIM
+        if self.guidance == "mean" or (self.guidance is None and few):
+            return False
+        for site in sites:
+            error = score_derivative(site)
+            if error is not None and self.guidance is None:
+                return False
+            if error is not None:
+                raise ValueError(
+                    f'`guidance="jacobian"` asks for the derivative of the score of diffusion site '
+                    f'{site.name!r}, which has none: {in_short(error)}. Use `guidance="mean"`.'
+                )
+        return True
 
     def restarts_at(self, iteration: Any, num_warmup: Any) -> Any:
         """Whether an iteration of the warmup draws the sites anew: 0, 1, 3, 7, ..., in its first half.

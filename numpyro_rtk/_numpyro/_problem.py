@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from numpyro_rtk._moves._elements import Elements
 from numpyro_rtk._noising._grid import candidate_grid, chosen_grid, noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import resolve_levels
+from numpyro_rtk._numpyro._derivatives import naming_what_has_no_derivative
 from numpyro_rtk._numpyro._likelihood import Likelihood
 from numpyro_rtk._numpyro._particle_gibbs_options import DEFAULT_LEVEL_SEGMENTS, Options
 from numpyro_rtk._numpyro._partition import Partition
@@ -119,7 +121,18 @@ class Problem(NamedTuple):
 
     def terms(self, x: Array) -> Terms:
         """The likelihood of a flat vector, split for the twist."""
+        if not self.options.takes_gradients:
+            # Whoever differentiates finds 0, and asks nothing of a likelihood that may have no derivative.
+            x = jax.lax.stop_gradient(x)
         return self.likelihood.terms(self.unflatten(x), self.partition)
+
+    def naming_what_has_no_derivative(self, owner: str) -> AbstractContextManager[None]:
+        """Around what differentiates the likelihood, for `owner`."""
+        if not self.options.takes_gradients:
+            return nullcontext()
+        return naming_what_has_no_derivative(
+            owner, lambda z: self.likelihood.terms(z).log_likelihood, _structure(self.sites, self.dtype)
+        )
 
     def posterior(self, shared: Shared, log_beta: Array, floor: Floor) -> Posterior:
         """The level targets, for powers of the twists and what stands for an impossible likelihood."""

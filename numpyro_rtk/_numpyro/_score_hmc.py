@@ -21,6 +21,7 @@ from numpyro_rtk._moves._leapfrog import Leaves
 from numpyro_rtk._numpyro._arguments import read_start, resolved_strategy
 from numpyro_rtk._numpyro._data_mark import checksum
 from numpyro_rtk._numpyro._dependent import refuse_supports
+from numpyro_rtk._numpyro._derivatives import naming_what_has_no_derivative
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._score_hmc_chain import Chain, ScoreHMCState, SHARED
 from numpyro_rtk._numpyro._score_hmc_mass import initial_mass
@@ -249,7 +250,8 @@ class ScoreHMC(MCMCKernel):
             check_first_call(one, grid)
             check_calibration(prior.score_fn, prior.schedule, grid, prior.event_shape, calibration, site.name)
         name = f"begin {batched} {num_warmup} {dtype}"
-        state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
+        with naming_what_has_no_derivative("ScoreHMC", problem.potential, unconstrained):
+            state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
         _check_start(state)
         return state._replace(score_arrays=problem.scores, data=checksum(model_args, kwargs))
 
