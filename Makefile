@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# What `make test-fast` runs.
+TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: demo test test-fast lint types docs examples clean
@@ -31,7 +33,7 @@ test: $(VENV)/developing
 	OPTIMIZED=1 $(PYTEST) --dist load tests/test_law.py
 
 test-fast: $(VENV)/developing
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow" $(TESTS)
 
 lint: $(VENV)/developing
 	$(BIN)/ruff check .
