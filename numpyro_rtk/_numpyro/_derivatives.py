@@ -13,7 +13,8 @@ from numpyro_rtk._prior._conditions import one_condition
 
 
 def why_no_derivative(function: Callable[[Any], Any], x: Any) -> Exception | None:
-    """What JAX raises where it pulls vectors back through a function, `None` where it can.
+    """What JAX raises where it pulls vectors back through a function, `None` where it can, and where the
+    function fails by itself.
 
     Traces it, computes nothing.
 
@@ -29,8 +30,16 @@ def why_no_derivative(function: Callable[[Any], Any], x: Any) -> Exception | Non
     try:
         jax.eval_shape(pull_back, x)
     except Exception as error:
-        return error
+        return error if _can_be_traced(function, x) else None
     return None
+
+
+def _can_be_traced(function: Callable[[Any], Any], x: Any) -> bool:
+    try:
+        jax.eval_shape(function, x)
+    except Exception:
+        return False
+    return True
 
 
 def score_derivative(site: Any) -> Exception | None:

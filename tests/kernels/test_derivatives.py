@@ -12,6 +12,7 @@ from numpyro.infer import NUTS
 from scipy import stats
 
 import numpyro_rtk as rtk
+from numpyro_rtk._numpyro._derivatives import why_no_derivative
 from tests.helpers import run_mcmc
 
 
@@ -91,6 +92,15 @@ def test_other_failures_are_left_as_they_are(monkeypatch):
     monkeypatch.setattr("numpyro_rtk._numpyro._particle_gibbs.measure", fails)
     with pytest.raises(RuntimeError, match="of its own"):
         rtk.RTKParticleGibbs(square(jnp.square), **FEW).init(jr.key(0), 0, None, (jnp.ones(1),), {})
+
+
+def test_what_fails_by_itself_is_not_about_derivatives():
+    def fails(x):
+        raise RuntimeError("of its own")
+
+    assert why_no_derivative(fails, jnp.ones(2)) is None
+    assert why_no_derivative(jnp.sin, jnp.ones(2)) is None
+    assert isinstance(why_no_derivative(behind_a_callback, jnp.ones(2)), ValueError)
 
 
 def network(x, t):
