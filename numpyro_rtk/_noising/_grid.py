@@ -129,8 +129,8 @@ def noise_grid(schedule: AbstractNoiseSchedule, times: np.ndarray, dtype: Any) -
 
 
 @once_for_each
-def _coefficients(schedule: AbstractNoiseSchedule, times: tuple[float, ...]) -> list[np.ndarray]:
-    """What a grid consists of, in float64."""
+def _coefficients(schedule: AbstractNoiseSchedule, times: tuple[float, ...]) -> tuple[np.ndarray, ...]:
+    """The fields of a `NoiseGrid`, in float64."""
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         t = jnp.asarray(times, jnp.float64)
         a, v = schedule.transition(t[1:], t[:-1])
@@ -140,7 +140,7 @@ def _coefficients(schedule: AbstractNoiseSchedule, times: tuple[float, ...]) -> 
         ]
     # The step from t_min to itself is the identity.
     values[5], values[6] = np.append(values[5], 1.0), np.append(values[6], 0.0)
-    return values
+    return tuple(values)
 
 
 def candidate_times(noise: NoiseRange, num_segments: int, dtype: Any) -> np.ndarray:

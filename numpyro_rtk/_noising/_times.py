@@ -21,17 +21,17 @@ def _float64(function: Any, *values: Any) -> np.ndarray:
 
 def once_for_each(function: Callable[..., Any]) -> Callable[..., Any]:
     """Remember results of a function of a schedule and of values: a model is traced many times, and each
-    trace makes its priors anew. Schedules with arrays, which cannot be hashed, are evaluated again.
+    trace makes its priors anew.
+
+    Only for schedules of this package, which depend on their own numbers alone. One of a user's may depend on
+    what it closes over: it is evaluated at each call, or a grid would belong to another process.
     """
     remembered = functools.lru_cache(maxsize=256)(function)
 
     @functools.wraps(function)
-    def wrapper(*args: Any) -> Any:
-        try:
-            hash(args)
-        except TypeError:
-            return function(*args)
-        return remembered(*args)
+    def wrapper(schedule: AbstractNoiseSchedule, *values: Any) -> Any:
+        own = type(schedule).__module__.startswith(f"{__package__}.")
+        return (remembered if own else function)(schedule, *values)
 
     return wrapper
 
@@ -69,22 +69,25 @@ class NoiseRange(NamedTuple):
 
     def times(self, num_segments: int, *, rho: float = 7.0) -> np.ndarray:
         """As `segment_times`, between the ends."""
-        return _times_between(self, num_segments, rho).copy()
+        return _times_between(*self, num_segments, rho).copy()
 
 
 @once_for_each
-def _times_between(noise: NoiseRange, num_segments: int, rho: float) -> np.ndarray:
-    schedule = noise.schedule
-    log_ratio = -0.5 * _float64(schedule.log_snr, np.array([noise.t_max, noise.t_min]))
+def _times_between(
+    schedule: AbstractNoiseSchedule, t_min: float, t_max: float, num_segments: int, rho: float
+) -> np.ndarray:
+    log_ratio = -0.5 * _float64(schedule.log_snr, np.array([t_max, t_min]))
     if math.isinf(rho):
         levels = np.linspace(log_ratio[0], log_ratio[1], num_segments + 1)
     else:
         roots = np.exp(log_ratio / rho)
         levels = rho * np.log(np.linspace(roots[0], roots[1], num_segments + 1))
     times = np.array(_float64(schedule.inverse_log_snr, -2 * levels), np.float64)
-    times[0], times[-1] = noise.t_max, noise.t_min
+    times[0], times[-1] = t_max, t_min
     times = schedule.snap(times)
-    return times if np.all(np.diff(times) < 0) else _separate(times, num_segments, noise)
+    if np.all(np.diff(times) < 0):
+        return times
+    return _separate(times, num_segments, NoiseRange(schedule, t_min, t_max))
 
 
 def noise_range(schedule: AbstractNoiseSchedule) -> NoiseRange:

@@ -2,8 +2,7 @@
 length.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,8 +41,8 @@ def _can_be_traced(function: Callable[[Any], Any], x: Any) -> bool:
     return True
 
 
-def score_derivative(site: Any) -> Exception | None:
-    """The same of the score of a diffusion site in its event."""
+def why_no_score_derivative(site: Any) -> Exception | None:
+    """What JAX raises where it pulls vectors back through the score of a diffusion site, in its event."""
     prior = site.prior
     t = jnp.asarray(prior.noise.t_min, jnp.result_type(float))
     given = one_condition(prior.condition, len(prior.batch_shape))
@@ -56,29 +55,27 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-WITHOUT = "`twist=TemperedTwist(), num_guided_steps=0, num_start_steps=0, local=None`"
-"""Options of particle Gibbs with which nothing asks for a derivative of the likelihood."""
+PARTICLES = (
+    "In diffusion sites `RTKParticleGibbs` and `RTKGibbs` take none with `twist=TemperedTwist(), "
+    "num_guided_steps=0, num_start_steps=0, local=None`: particles do the work, in few dimensions."
+)
+"""What to write where the likelihood has no derivative in a diffusion site."""
 
 
-@contextmanager
-def naming_what_has_no_derivative(owner: str, function: Callable[[Any], Any], x: Any) -> Iterator[None]:
-    """Where something fails, and a function that the kernel differentiates has no derivative, say so and what
-    to write instead.
+def refuse_without_derivative(
+    owner: str, function: Callable[[Any], Any], x: dict[str, Any], instead: str = PARTICLES
+) -> None:
+    """Raise if a function that a kernel differentiates has no derivative; before anything is compiled.
 
     Args:
         owner: The kernel.
         function: The log likelihood, or the potential, of values by site.
         x: Shapes and dtypes of those.
+        instead: What to write, for the message.
     """
-    try:
-        yield
-    except Exception as error:
-        reason = why_no_derivative(function, x)
-        if reason is None:
-            raise
+    error = why_no_derivative(function, x)
+    if error is not None:
         raise ValueError(
             f"`{owner}` takes the derivative of the likelihood in {sorted(x)}, and it has none: "
-            f"{in_short(reason)}\n"
-            f"`RTKParticleGibbs` with {WITHOUT} takes none, nor does `RTKGibbs` with these options in the "
-            "diffusion sites: particles do the work, in few dimensions."
+            f"{in_short(error)}\n{instead}"
         ) from error

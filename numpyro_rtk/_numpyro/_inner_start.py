@@ -4,10 +4,13 @@ them.
 
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.infer.gibbs import CustomGibbs, DiscreteGibbs, prototype_trace
 from numpyro.infer.hmc import HMC
-from numpyro.infer.util import _transforms_from_trace, transform_fn
+from numpyro.infer.util import _transforms_from_trace, log_density, transform_fn
+
+from numpyro_rtk._numpyro._derivatives import refuse_without_derivative
 
 
 def start_inner(
@@ -31,6 +34,7 @@ def start_inner(
         kwargs: Keyword arguments of the model, with the values of the diffusion sites.
     """
     if isinstance(kernel, HMC):
+        _refuse_without_derivative(kernel, values, args, kwargs)
         own = {name: value for name, value in given.items() if name in values}
         state = kernel.init(rng_key, num_warmup, None, args, kwargs)
         if not own:
@@ -42,6 +46,18 @@ def start_inner(
         # A composite with a Hamiltonian block reads unconstrained values of continuous sites.
         values = values | _unconstrained(kernel, rng_key, values, args, kwargs)
     return kernel.init(rng_key, num_warmup, values, args, kwargs)
+
+
+def _refuse_without_derivative(
+    kernel: HMC, values: dict[str, Array], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    refuse_without_derivative(
+        f"RTKGibbs({type(kernel).__name__}(model))",
+        lambda values: log_density(kernel.model, args, kwargs, values)[0],
+        {name: jnp.asarray(value) for name, value in values.items()},
+        f"Its inner kernel moves {sorted(values)} along gradients. Use one without them, such as NumPyro's "
+        "`CustomGibbs`, or write that part of the model in JAX.",
+    )
 
 
 def _unconstrained(

@@ -51,6 +51,10 @@ class RTKParticleGibbs(MCMCKernel):
     estimated from scores (see `PreconditionedMALA`, `LocalHMC`). `p_{t_min}` is the law of the data noised to
     `t_min`.
 
+    *Derivatives.* Of the likelihood in the sites, which must have them, unless nothing asks for one: with
+    `twist=TemperedTwist()`, `num_guided_steps=0`, `num_start_steps=0` and `local=None`. Of the score above
+    100 dimensions, where it has them, see `guidance`.
+
     *Cost.* `num_score_evals` in the state, of the chain's own sweep (vectorized chains are evaluated from the
     deepest of any). A full sweep with `K` segments, `P` particles, `G` guided steps and a reverse kernel of
     `E` evaluations a transition (3 by default) costs, per event of every site,
@@ -232,6 +236,7 @@ class RTKParticleGibbs(MCMCKernel):
         batched, dtype = not is_prng_key(rng_key), jnp.result_type(float)
         problem = self._problem(sites, args, kwargs, dtype, pilots=pilots)
         check_sites(problem)
+        problem.refuse_without_derivative("RTKParticleGibbs")
         known = (args, kwargs, dtype, problem.partition, pilots)  # here alone arguments have values
 
         def run(name: str, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -240,8 +245,7 @@ class RTKParticleGibbs(MCMCKernel):
 
             return self._program(name, whole, inputs, known)
 
-        with problem.naming_what_has_no_derivative("RTKParticleGibbs"):
-            shared, floor = measure(problem, num_warmup, run)
+        shared, floor = measure(problem, num_warmup, run)
         shared = shared._replace(restarts=jnp.asarray(not given))
 
         def start(inner: Problem, keys: Any, given: Any, shared: Shared, floor: Floor) -> Any:
@@ -254,8 +258,7 @@ class RTKParticleGibbs(MCMCKernel):
             return inner.options.over_chains(one, (keys, given)) if batched else one((keys, given))
 
         name = f"start {batched} {num_warmup}"
-        with problem.naming_what_has_no_derivative("RTKParticleGibbs"):
-            state = run(name, start, rng_key, given, shared, floor)
+        state = run(name, start, rng_key, given, shared, floor)
         state = state._replace(shared=shared)
 
         def log_likelihood(z: dict[str, Array], args: Any, kwargs: Any) -> Array:

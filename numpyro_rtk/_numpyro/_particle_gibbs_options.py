@@ -9,7 +9,7 @@ import numpy as np
 
 from numpyro_rtk._moves._line_integral import ExactEnergy, Simpson
 from numpyro_rtk._numpyro._arguments import check_count, check_target_accept_prob
-from numpyro_rtk._numpyro._derivatives import in_short, score_derivative
+from numpyro_rtk._numpyro._derivatives import in_short, why_no_score_derivative
 from numpyro_rtk._numpyro._sites import DiffusionSite
 from numpyro_rtk._reverse._base import AbstractInnerKernel, check_reverse_kernel
 from numpyro_rtk._reverse._preconditioned_mala import PreconditionedMALA
@@ -132,10 +132,10 @@ class Options(NamedTuple):
             ValueError: where that was asked for and a score has none.
         """
         few = _dim(sites) / num_elements <= MAX_MEAN_SLOPE_DIM
-        if self.guidance == "mean" or (self.guidance is None and few):
+        if self.guidance == "mean" or (self.guidance is None and few) or not self.takes_gradients:
             return False
         for site in sites:
-            error = score_derivative(site)
+            error = why_no_score_derivative(site)
             if error is not None and self.guidance is None:
                 return False
             if error is not None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from numpyro_rtk._moves._elements import Elements
 from numpyro_rtk._noising._grid import candidate_grid, chosen_grid, noise_grid, NoiseGrid
 from numpyro_rtk._noising._terminal import Terminal
 from numpyro_rtk._noising._times import resolve_levels
-from numpyro_rtk._numpyro._derivatives import naming_what_has_no_derivative
+from numpyro_rtk._numpyro._derivatives import refuse_without_derivative
 from numpyro_rtk._numpyro._likelihood import Likelihood
 from numpyro_rtk._numpyro._particle_gibbs_options import DEFAULT_LEVEL_SEGMENTS, Options
 from numpyro_rtk._numpyro._partition import Partition
@@ -126,13 +125,11 @@ class Problem(NamedTuple):
             x = jax.lax.stop_gradient(x)
         return self.likelihood.terms(self.unflatten(x), self.partition)
 
-    def naming_what_has_no_derivative(self, owner: str) -> AbstractContextManager[None]:
-        """Around what differentiates the likelihood, for `owner`."""
-        if not self.options.takes_gradients:
-            return nullcontext()
-        return naming_what_has_no_derivative(
-            owner, lambda z: self.likelihood.terms(z).log_likelihood, _structure(self.sites, self.dtype)
-        )
+    def refuse_without_derivative(self, owner: str) -> None:
+        """Raise if the likelihood has no derivative in the sites, where `owner` asks for one."""
+        if self.options.takes_gradients:
+            structure = _structure(self.sites, self.dtype)
+            refuse_without_derivative(owner, lambda z: self.likelihood.terms(z).log_likelihood, structure)
 
     def posterior(self, shared: Shared, log_beta: Array, floor: Floor) -> Posterior:
         """The level targets, for powers of the twists and what stands for an impossible likelihood."""

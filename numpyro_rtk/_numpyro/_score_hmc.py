@@ -21,7 +21,7 @@ from numpyro_rtk._moves._leapfrog import Leaves
 from numpyro_rtk._numpyro._arguments import read_start, resolved_strategy
 from numpyro_rtk._numpyro._data_mark import checksum
 from numpyro_rtk._numpyro._dependent import refuse_supports
-from numpyro_rtk._numpyro._derivatives import naming_what_has_no_derivative
+from numpyro_rtk._numpyro._derivatives import refuse_without_derivative
 from numpyro_rtk._numpyro._programs import Programs
 from numpyro_rtk._numpyro._score_hmc_chain import Chain, ScoreHMCState, SHARED
 from numpyro_rtk._numpyro._score_hmc_mass import initial_mass
@@ -220,6 +220,7 @@ class ScoreHMC(MCMCKernel):
         # Before anything is compiled.
         initial_mass(self._options, unconstrained, {}, dtype)
         problem = resolve_joint_problem(self._model, model_args, kwargs, found.diffusion)
+        refuse_without_derivative("ScoreHMC", problem.potential, unconstrained)
 
         def first(arrays: Any, args: Any, kwargs: Any) -> Any:
             inner = resolve_joint_problem(self._model, args, kwargs)
@@ -250,8 +251,7 @@ class ScoreHMC(MCMCKernel):
             check_first_call(one, grid)
             check_calibration(prior.score_fn, prior.schedule, grid, prior.event_shape, calibration, site.name)
         name = f"begin {batched} {num_warmup} {dtype}"
-        with naming_what_has_no_derivative("ScoreHMC", problem.potential, unconstrained):
-            state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
+        state = self._program(name, begin, rng_key, given, arrays, mass, model_args, kwargs)
         _check_start(state)
         return state._replace(score_arrays=problem.scores, data=checksum(model_args, kwargs))
 

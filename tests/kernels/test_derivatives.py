@@ -79,19 +79,25 @@ def test_the_posterior_of_a_likelihood_without_a_derivative(function):
 @pytest.mark.parametrize(
     "make", [lambda m: rtk.RTKParticleGibbs(m, **FEW), rtk.ScoreHMC], ids=["sweeps", "hmc"]
 )
-def test_a_likelihood_without_a_derivative_is_refused_by_name(function, make):
+def test_a_likelihood_without_a_derivative_is_refused_by_name(function, make, monkeypatch):
+    def compiles(*args):
+        raise AssertionError("a program was compiled")
+
+    monkeypatch.setattr("numpyro_rtk._numpyro._programs.Programs.__call__", compiles)
     message = r"takes the derivative of the likelihood in \['x'\], and it has none(.|\n)*TemperedTwist"
     with pytest.raises(ValueError, match=message):
         make(square(function)).init(jr.key(0), 0, None, (jnp.ones(1),), {})
 
 
-def test_other_failures_are_left_as_they_are(monkeypatch):
-    def fails(*args):
-        raise RuntimeError("of its own")
+def test_an_inner_kernel_that_needs_a_derivative_is_named():
+    def model(y):
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        x = numpyro.sample("x", prior_of(standard_normal, (1,)))
+        numpyro.sample("y", dist.Normal(behind_a_callback(x + a), 0.3).to_event(1), obs=y)
 
-    monkeypatch.setattr("numpyro_rtk._numpyro._particle_gibbs.measure", fails)
-    with pytest.raises(RuntimeError, match="of its own"):
-        rtk.RTKParticleGibbs(square(jnp.square), **FEW).init(jr.key(0), 0, None, (jnp.ones(1),), {})
+    kernel = rtk.RTKGibbs(NUTS(model), **FEW | WITHOUT)
+    with pytest.raises(ValueError, match=r"(?s)`RTKGibbs\(NUTS\(model\)\)`.*in \['a'\].*`CustomGibbs`"):
+        kernel.init(jr.key(0), 0, None, (jnp.ones(1),), {})
 
 
 def test_what_fails_by_itself_is_not_about_derivatives():

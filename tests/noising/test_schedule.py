@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from numpyro_rtk import Cosine, DiscreteVP, EDM, FlowMatching, OU, paper_segment_times, segment_times, VE, VP
+from numpyro_rtk._noising._grid import noise_grid
 from numpyro_rtk._noising._times import check_times
 from numpyro_rtk._noising._variance_preserving import AbstractVariancePreserving
 from tests.helpers import DDPM_ALPHAS_CUMPROD, SCHEDULES
@@ -572,3 +573,26 @@ def test_the_times_of_a_schedule_are_evaluated_once(monkeypatch):
     other = segment_times(OU(t_max=3.21), 6)
     assert len(calls) == 2
     assert other[0] == 3.21
+
+
+def test_a_schedule_of_a_user_is_evaluated_each_time():
+    """It may depend on what it closes over; the coefficients of its grid, too."""
+    rate = 1.0
+
+    class Own(OU):
+        def integrated_rate(self, t):
+            return rate * super().integrated_rate(t)
+
+        def integrated_rate_between(self, s, t):
+            return rate * super().integrated_rate_between(s, t)
+
+        def inverse_log_snr(self, log_snr):
+            return super().inverse_log_snr(log_snr) / rate
+
+    for rate in (1.0, 2.0):
+        times = segment_times(Own(), 6)
+        right = VP(2 * rate, 2 * rate, t_max=5.0, t_min=1e-3)
+        np.testing.assert_allclose(times, segment_times(right, 6), rtol=1e-5)
+        grids = (noise_grid(schedule, times, np.float32) for schedule in (Own(), right))
+        for own, other in zip(*grids, strict=True):
+            np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6)
